@@ -1,0 +1,183 @@
+"""A QQQ checkpoint as modules: which there are, whether their tensors can be right, and their repaired values."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from marlin_qqq.checkpoint.config import QuantizationSettings, read_quantization_config
+from marlin_qqq.checkpoint.errors import CheckpointError
+from marlin_qqq.checkpoint.tensors import TensorFolder, TensorInfo
+from marlin_qqq.packing import QQQWeight
+from marlin_qqq.quantization import check_and_repair
+
+# Names of a quantised module's tensors on disk, both flavours.
+PACKED, CHANNEL_SCALE, GROUP_SCALE, BIAS = "B", "s_channel", "s_group", "bias"
+GROUP = 128
+# int32 sums of K products of int8 cannot overflow below this (docs/format.md).
+MAX_IN_FEATURES = 132_103
+logger = logging.getLogger(__name__)
+
+_FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class QuantizedModule:
+    """A quantised linear layer as the headers describe it."""
+
+    name: str
+    in_features: int
+    out_features: int
+    group_size: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class LoadedModule:
+    """A quantised layer's values, checked and repaired; repaired_columns: output channels whose scales were changed."""
+
+    weight: QQQWeight
+    bias: torch.Tensor | None
+    repaired_columns: tuple[int, ...]
+
+
+class Checkpoint:
+    """A QQQ checkpoint folder of either flavour, checked as far as configuration and headers go; values are read on demand.
+
+    Args:
+        directory: a folder with config.json (or quant_config.json, quantize_config.json) and safetensors files.
+
+    Raises:
+        CheckpointError: the folder cannot be a QQQ checkpoint; the message says what is wrong with which tensor.
+
+    Example:
+        >>> checkpoint = Checkpoint("Llama-3-8B-QQQ")  # doctest: +SKIP
+        >>> checkpoint.modules["model.layers.0.mlp.up_proj"].out_features  # doctest: +SKIP
+        14336
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.settings = read_quantization_config(directory)
+        self.folder = TensorFolder(directory)
+        self.modules = find_quantized_modules(self.folder.tensors, self.settings)
+        if not self.modules:
+            raise CheckpointError(f"{self.folder.directory} has no quantised module (no tensor named <module>.{PACKED})")
+
+    def read(self, name: str) -> LoadedModule:
+        """Reads, checks and repairs one quantised module."""
+        module = self.modules.get(name)
+        if module is None:
+            raise CheckpointError(f"{self.folder.directory} has no quantised module {name}")
+        tensors = {part: self.folder.read(f"{name}.{part}") for part in (PACKED, CHANNEL_SCALE)}
+        if module.group_size == GROUP:
+            group_scale = self.folder.read(f"{name}.{GROUP_SCALE}")
+        else:
+            group_scale = torch.empty(0, dtype=torch.float16)
+        bias = self.folder.read(f"{name}.{BIAS}") if module.bias else None
+        return check_values(name, tensors[PACKED], tensors[CHANNEL_SCALE], group_scale, bias)
+
+    def read_all(self) -> Iterator[tuple[QuantizedModule, LoadedModule]]:
+        """Reads every quantised module in turn; only one is held."""
+        for module in self.modules.values():
+            yield module, self.read(module.name)
+
+
+def check_values(
+    name: str, packed: torch.Tensor, channel_scale: torch.Tensor, group_scale: torch.Tensor, bias: torch.Tensor | None
+) -> LoadedModule:
+    """Refuses values that are NaN or infinite, and repairs columns whose products leave the int8 range (one log line)."""
+    if bias is not None and not bool(torch.isfinite(bias).all()):
+        raise CheckpointError(f"{name}.{BIAS} holds {int((~torch.isfinite(bias)).sum())} NaN or infinite values")
+    try:
+        weight, repaired = check_and_repair(QQQWeight(packed, channel_scale, group_scale), name)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+    if repaired:
+        shown = ", ".join(map(str, repaired[:8])) + (", ..." if len(repaired) > 8 else "")
+        logger.warning("%s: %d columns left the int8 range and were repaired (%s)", name, len(repaired), shown)
+    return LoadedModule(weight, bias, tuple(repaired))
+
+
+def find_quantized_modules(
+    tensors: Mapping[str, TensorInfo], settings: QuantizationSettings
+) -> dict[str, QuantizedModule]:
+    """The quantised modules that headers describe, in natural order of their names.
+
+    Raises:
+        CheckpointError: a tensor with a wrong shape or dtype, one that is missing, or a group size that is not the config's.
+    """
+    names = sorted((name[: -len(PACKED) - 1] for name in tensors if name.endswith("." + PACKED)), key=natural_key)
+    modules = {name: _describe(name, tensors, settings) for name in names}
+    for part in (CHANNEL_SCALE, GROUP_SCALE):
+        for name in tensors:
+            if name.endswith("." + part) and name[: -len(part) - 1] not in modules:
+                raise CheckpointError(f"{name} has no {name[: -len(part)]}{PACKED} beside it")
+    return modules
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [
+        (0, int(part), "") if part.isdecimal() and part.isascii() and len(part) < 10 else (1, 0, part)
+        for part in name.split(".")
+    ]
+
+
+def _describe(name: str, tensors: Mapping[str, TensorInfo], settings: QuantizationSettings) -> QuantizedModule:
+    packed = tensors[f"{name}.{PACKED}"]
+    _check_dtype(packed, (torch.int32,))
+    if len(packed.shape) != 2 or packed.shape[0] < 1 or packed.shape[1] < 128 or packed.shape[1] % 128:
+        raise CheckpointError(
+            f"{packed.name} has shape {list(packed.shape)}; [in_features / 16, 2 * out_features] with out_features a "
+            "multiple of 64 is needed"
+        )
+    in_features, out_features = packed.shape[0] * 16, packed.shape[1] // 2
+    if in_features > MAX_IN_FEATURES:
+        raise CheckpointError(f"{packed.name}: in_features is {in_features}; at most {MAX_IN_FEATURES} keeps sums in int32")
+    if f"{name}.weight" in tensors:
+        raise CheckpointError(f"{name} has both {PACKED} and weight: is it quantised or not?")
+
+    channel_scale = tensors.get(f"{name}.{CHANNEL_SCALE}")
+    if channel_scale is None:
+        raise CheckpointError(f"{name} has {PACKED} but no {CHANNEL_SCALE}")
+    _check_dtype(channel_scale, (torch.float32,))
+    _check_shape(channel_scale, (1, out_features))
+
+    group_scale = tensors.get(f"{name}.{GROUP_SCALE}")
+    grouped = group_scale is not None and 0 not in group_scale.shape
+    if group_scale is not None and grouped:
+        if settings.group_size != GROUP:
+            raise CheckpointError(
+                f"{group_scale.name} has shape {list(group_scale.shape)}, but {settings.source or 'the configuration'} "
+                f"says group_size {settings.group_size}: one scale a channel, no group scales"
+            )
+        if in_features % GROUP:
+            raise CheckpointError(f"{packed.name}: in_features is {in_features}; groups of {GROUP} need a multiple of it")
+        _check_dtype(group_scale, (torch.float16,))
+        _check_shape(group_scale, (in_features // GROUP, out_features))
+    elif settings.group_size == GROUP and in_features != GROUP:
+        # With in_features == 128 HandH1998/QQQ packs one scale a channel whatever the configuration says.
+        raise CheckpointError(
+            f"{name} has no {GROUP_SCALE}, but {settings.source or 'the configuration'} says group_size {GROUP}"
+        )
+
+    bias = tensors.get(f"{name}.{BIAS}")
+    if bias is not None:
+        _check_dtype(bias, _FLOAT_DTYPES)
+        _check_shape(bias, (out_features,))
+    return QuantizedModule(name, in_features, out_features, GROUP if grouped else -1, bias is not None)
+
+
+def _check_dtype(info: TensorInfo, allowed: Iterable[torch.dtype]) -> None:
+    if info.dtype not in allowed:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise CheckpointError(f"{info.name} has dtype {str(info.dtype).removeprefix('torch.')}; {names} is needed")
+
+
+def _check_shape(info: TensorInfo, shape: tuple[int, ...]) -> None:
+    if info.shape != shape:
+        raise CheckpointError(f"{info.name} has shape {list(info.shape)}; {list(shape)} is needed")
