@@ -1,0 +1,27 @@
+"""Weights to QQQ codes and scales and back: round to nearest, clip search, GPTQ, and the check of foreign weights.
+
+``quantize_model`` is in ``marlin_qqq.quantization.model``, because it builds on ``marlin_qqq.linear``, which builds on this.
+"""
+
+from marlin_qqq.packing import QQQWeight
+from marlin_qqq.quantization.gptq import HessianAccumulator
+from marlin_qqq.quantization.quantize import Method, quantize_weight
+from marlin_qqq.quantization.weight import (
+    assemble,
+    check_and_repair,
+    check_weight,
+    dequantize_weight,
+    int8_weight,
+)
+
+__all__ = [
+    "HessianAccumulator",
+    "Method",
+    "QQQWeight",
+    "assemble",
+    "check_and_repair",
+    "check_weight",
+    "dequantize_weight",
+    "int8_weight",
+    "quantize_weight",
+]
