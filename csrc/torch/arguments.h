@@ -1,0 +1,53 @@
+// What the ops accept, checked once for every backend. A refused call launches nothing and changes nothing.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "torch/tensor_helpers.h"
+
+namespace marlin_qqq::torch_ops {
+
+// A product that has passed the checks: sizes, raw pointers, where it lives.
+struct GemmCall {
+  int64_t num_tokens;
+  int64_t out_features;
+  int64_t in_features;
+  int group_size;  // 128, or -1: per-channel
+  const int8_t* activations;
+  const int32_t* packed_weight;
+  const float* token_scale;
+  const float* channel_scale;
+  const uint16_t* group_scale;  // nullptr: per-channel
+  const void* bias;             // nullptr: none
+  bool output_is_bfloat16;
+  int32_t device_type;
+  int32_t device_index;
+
+  Tensor empty_output() const;
+};
+
+// The arguments of marlin_qqq_gemm. `alignment`: bytes that every pointer but s_tok's must be a multiple of (1: any).
+GemmCall check_gemm(const Tensor& a, const Tensor& b_q_weight, const Tensor& s_tok, const Tensor& s_ch,
+                    const Tensor& s_group, const Tensor& workspace, int64_t size_m, int64_t size_n, int64_t size_k,
+                    const std::optional<Tensor>& bias, const std::optional<torch::headeronly::ScalarType>& out_dtype,
+                    int alignment);
+
+// quantize_per_token's input, as rows.
+struct QuantizeCall {
+  Tensor x;  // keeps the rows alive: the argument itself, or a contiguous copy of it
+  int64_t num_tokens;
+  int64_t in_features;
+  int64_t row_stride;  // elements
+  int32_t dtype;
+  Tensor quantized;    // int8, x's shape
+  Tensor token_scale;  // fp32, x's shape with 1 as its last size
+};
+
+// Rows that are contiguous and evenly spaced are read where they are; any other layout is copied.
+QuantizeCall check_quantize_per_token(const Tensor& x);
+
+}  // namespace marlin_qqq::torch_ops

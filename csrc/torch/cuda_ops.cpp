@@ -1,0 +1,195 @@
+// The CUDA side of the two run-time ops: checks, device, stream, allocation, plan, launch. Built into the second library,
+// which is loaded only where torch has CUDA. Nothing here waits for the GPU, so CUDA graphs may capture it.
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <cstdlib>
+#include <string>
+#include <tuple>
+
+#include "cuda/gemm.h"
+#include "cuda/quantize/quantize.h"
+#include "plan/plan.h"
+#include "torch/arguments.h"
+
+namespace marlin_qqq::torch_ops {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::accelerator::DeviceGuard;
+
+constexpr int kAlignment = 16;  // bytes; cp.async and TMA move 16 at a time
+
+void check_cuda(const char* op, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // a refused launch must not be reported again by the next call
+  fail(op, "CUDA error ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
+}
+
+// The function lives in libtorch_cuda, which a library that also loads beside a CPU-only torch must not link. torch has
+// loaded it long before the first CUDA tensor gets here.
+cudaStream_t current_stream(int32_t device_index) {
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const Function function = [] {
+    constexpr const char* name = "aoti_torch_get_current_cuda_stream";
+    void* symbol = dlsym(RTLD_DEFAULT, name);
+    if (symbol == nullptr) {
+      if (void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD)) symbol = dlsym(library, name);
+    }
+    if (symbol == nullptr) fail("marlin_qqq", "this torch has CUDA tensors but no ", name, " in libtorch_cuda.so");
+    return reinterpret_cast<Function>(symbol);
+  }();
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(function(device_index, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Environment overrides, for tuning and for tests; read on every call, so that a running process can change them.
+//   MARLIN_QQQ_FAMILY  "sm80" or "sm90": the kernel family
+//   MARLIN_QQQ_TILE    name of a row of tile_table()
+//   MARLIN_QQQ_SPLIT   blocks that share an output tile
+struct PlanOverrides {
+  const char* family = std::getenv("MARLIN_QQQ_FAMILY");
+  const char* tile = std::getenv("MARLIN_QQQ_TILE");
+  const char* split = std::getenv("MARLIN_QQQ_SPLIT");
+
+  bool any() const { return is_set(family) || is_set(tile) || is_set(split); }
+
+  plan::Plan make(const plan::Problem& problem, const plan::DeviceProperties& device) const {
+    plan::Family family_override = plan::Family::kNone;
+    if (is_set(family)) {
+      if (std::string(family) == plan::family_name(plan::Family::kSm80)) {
+        family_override = plan::Family::kSm80;
+      } else if (std::string(family) == plan::family_name(plan::Family::kSm90)) {
+        family_override = plan::Family::kSm90;
+      } else {
+        fail("marlin_qqq_gemm", "MARLIN_QQQ_FAMILY must be sm80 or sm90, got ", family);
+      }
+    }
+    int split_override = 0;
+    if (is_set(split)) {
+      char* end = nullptr;
+      const long value = std::strtol(split, &end, 10);
+      if (*end != '\0' || value < 1 || value > 65535) {
+        fail("marlin_qqq_gemm", "MARLIN_QQQ_SPLIT must be an integer from 1 up, got ", split);
+      }
+      split_override = static_cast<int>(value);
+    }
+    return plan::make_plan(problem, device, is_set(tile) ? tile : "", split_override, family_override);
+  }
+
+ private:
+  static bool is_set(const char* value) { return value != nullptr && *value != '\0'; }
+};
+
+// Plans of recent problems, one small direct-mapped table a thread: planning costs more than the launch itself, and a
+// model repeats a handful of problems. A colliding problem replaces the one before it.
+class PlanCache {
+ public:
+  const plan::Plan& get(const plan::Problem& problem, int32_t device_index) {
+    const uint64_t hash = mix(static_cast<uint64_t>(problem.num_tokens) * 0x9E3779B97F4A7C15u +
+                              static_cast<uint64_t>(problem.out_features) * 0xC2B2AE3D27D4EB4Fu +
+                              static_cast<uint64_t>(problem.in_features) * 0x165667B19E3779F9u +
+                              static_cast<uint64_t>(problem.group_size + 2) * 0x27D4EB2F165667C5u +
+                              static_cast<uint64_t>(device_index));
+    Entry& entry = entries_[hash % entries_.size()];
+    if (entry.device_index != device_index || entry.problem.num_tokens != problem.num_tokens ||
+        entry.problem.out_features != problem.out_features || entry.problem.in_features != problem.in_features ||
+        entry.problem.group_size != problem.group_size) {
+      entry.device_index = -1;  // should planning throw
+      entry.plan = plan::make_plan(problem, device_properties());
+      entry.problem = problem;
+      entry.device_index = device_index;
+    }
+    return entry.plan;
+  }
+
+  static plan::DeviceProperties device_properties() {
+    plan::DeviceProperties properties;
+    check_cuda("marlin_qqq_gemm", cuda::current_device_properties(&properties));
+    return properties;
+  }
+
+ private:
+  struct Entry {
+    int32_t device_index = -1;
+    plan::Problem problem{};
+    plan::Plan plan;
+  };
+
+  static uint64_t mix(uint64_t value) { return value ^ (value >> 29); }
+
+  std::array<Entry, 512> entries_;
+};
+
+Tensor marlin_qqq_gemm_cuda(const Tensor& a, const Tensor& b_q_weight, const Tensor& s_tok, const Tensor& s_ch,
+                            const Tensor& s_group, const Tensor& workspace, int64_t size_m, int64_t size_n,
+                            int64_t size_k, const std::optional<Tensor>& bias,
+                            const std::optional<ScalarType>& out_dtype, bool constant_weights) {
+  const GemmCall call =
+      check_gemm(a, b_q_weight, s_tok, s_ch, s_group, workspace, size_m, size_n, size_k, bias, out_dtype, kAlignment);
+  const DeviceGuard guard(call.device_index);
+  const Tensor output = call.empty_output();
+  if (call.num_tokens == 0) return output;
+
+  const plan::Problem problem{call.num_tokens, call.out_features, call.in_features, call.group_size};
+  const PlanOverrides overrides;
+  static thread_local PlanCache cache;
+  plan::Plan overridden;
+  const plan::Plan* plan = &overridden;
+  if (overrides.any()) {
+    overridden = overrides.make(problem, PlanCache::device_properties());
+  } else {
+    plan = &cache.get(problem, call.device_index);
+  }
+
+  // Freed on return, reused by torch only for work that is later on the same stream.
+  std::optional<Tensor> scratch;
+  if (plan->scratch_bytes > 0) {
+    scratch = empty({plan->scratch_bytes}, dtype_codes().int8, call.device_type, call.device_index);
+  }
+  const cuda::GemmArguments arguments{
+      call.activations,
+      call.packed_weight,
+      call.token_scale,
+      call.channel_scale,
+      call.group_scale,
+      call.bias,
+      output.mutable_data_ptr(),
+      call.output_is_bfloat16 ? cuda::OutputType::kBFloat16 : cuda::OutputType::kFloat16,
+      constant_weights,
+  };
+  check_cuda("marlin_qqq_gemm",
+             cuda::launch_gemm(*plan, problem, arguments, scratch ? scratch->mutable_data_ptr() : nullptr,
+                               current_stream(call.device_index)));
+  return output;
+}
+
+std::tuple<Tensor, Tensor> quantize_per_token_cuda(const Tensor& x) {
+  const DeviceGuard guard(x.get_device_index());
+  const QuantizeCall call = check_quantize_per_token(x);
+  if (call.num_tokens > 0) {
+    const DtypeCodes& dtypes = dtype_codes();
+    const cuda::InputType input_type = call.dtype == dtypes.float16    ? cuda::InputType::kFloat16
+                                       : call.dtype == dtypes.bfloat16 ? cuda::InputType::kBFloat16
+                                                                       : cuda::InputType::kFloat32;
+    check_cuda("quantize_per_token",
+               cuda::launch_quantize_per_token(call.x.const_data_ptr(), input_type, call.num_tokens, call.in_features,
+                                               call.row_stride, static_cast<int8_t*>(call.quantized.mutable_data_ptr()),
+                                               static_cast<float*>(call.token_scale.mutable_data_ptr()),
+                                               current_stream(x.get_device_index())));
+  }
+  return {call.quantized, call.token_scale};
+}
+
+}  // namespace
+}  // namespace marlin_qqq::torch_ops
+
+STABLE_TORCH_LIBRARY_IMPL(marlin_qqq, CUDA, library) {
+  namespace ops = marlin_qqq::torch_ops;
+  library.impl("marlin_qqq_gemm", TORCH_BOX(&ops::marlin_qqq_gemm_cuda));
+  library.impl("quantize_per_token", TORCH_BOX(&ops::quantize_per_token_cuda));
+}

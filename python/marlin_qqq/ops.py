@@ -1,0 +1,197 @@
+"""The run-time ops: loads them, tells torch their shapes (fakes), and documents them as Python functions.
+
+``torch.ops.marlin_qqq.*`` are the ops themselves; the functions here only forward to them. What the numbers are, to the
+bit: docs/format.md. Environment variables that force a CUDA kernel's tile, read on every call:
+``MARLIN_QQQ_TILE`` (a name from :func:`marlin_qqq.tile_table`), ``MARLIN_QQQ_SPLIT`` (blocks that share an output tile),
+``MARLIN_QQQ_FAMILY`` (``sm80`` or ``sm90``). None of them changes a result.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from . import _library
+
+__all__ = ["make_workspace", "marlin_qqq_gemm", "quantize_per_token"]
+
+
+# Fakes: the shapes that tracing (torch.compile, torch.export, meta tensors) sees.
+
+
+@torch.library.register_fake("marlin_qqq::marlin_qqq_gemm")
+def _gemm_fake(
+    a,
+    b_q_weight,
+    s_tok,
+    s_ch,
+    s_group,
+    workspace,
+    size_m,
+    size_n,
+    size_k,
+    *,
+    bias=None,
+    out_dtype=None,
+    constant_weights=False,
+):
+    return a.new_empty((size_m, size_n), dtype=out_dtype or torch.float16)
+
+
+@torch.library.register_fake("marlin_qqq::quantize_per_token")
+def _quantize_per_token_fake(x):
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@torch.library.register_fake("marlin_qqq::pack_weight")
+def _pack_weight_fake(codes, group_size):
+    in_features, out_features = codes.shape
+    return codes.new_empty((in_features // 16, 2 * out_features), dtype=torch.int32)
+
+
+@torch.library.register_fake("marlin_qqq::unpack_weight")
+def _unpack_weight_fake(packed, group_size):
+    return packed.new_empty((16 * packed.shape[0], packed.shape[1] // 2), dtype=torch.int8)
+
+
+def _same_shape_fake(scale):
+    return scale.new_empty(scale.shape)
+
+
+for _name in ("permute_group_scale", "unpermute_group_scale", "permute_channel_scale", "unpermute_channel_scale"):
+    torch.library.register_fake(f"marlin_qqq::{_name}", _same_shape_fake)
+
+
+# Without our CUDA kernels a CUDA tensor would get the dispatcher's page of text; say what is missing instead.
+if _library.cuda_unavailable_reason is not None:
+
+    def _no_cuda(*_args, **_kwargs) -> NoReturn:
+        raise RuntimeError(f"marlin_qqq: CUDA tensors need the CUDA kernels, but {_library.cuda_unavailable_reason}")
+
+    _cuda_implementations = torch.library.Library("marlin_qqq", "IMPL")
+    for _name in ("marlin_qqq_gemm", "quantize_per_token"):
+        _cuda_implementations.impl(_name, _no_cuda, "CUDA")
+
+
+def marlin_qqq_gemm(
+    a: Tensor,
+    b_q_weight: Tensor,
+    s_tok: Tensor,
+    s_ch: Tensor,
+    s_group: Tensor,
+    workspace: Tensor,
+    size_m: int,
+    size_n: int,
+    size_k: int,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    constant_weights: bool = False,
+) -> Tensor:
+    """The product of int8 activations and packed 4-bit weights, in the QQQ format.
+
+    With ``W8`` the weights as int8 (per-channel ``16 * code``, per-group ``round_half_even(code * s_group)``)::
+
+        out[m, n] = round(fp32(fp32(sum_k a[m, k] * W8[k, n]) * s_ch[n]) * s_tok[m] [+ bias[n]])
+
+    The sum is exact (int32), the epilogue is fp32 with one rounding to the output's type: every device, kernel and batch
+    size gives the same bits. Nothing waits for the GPU; CUDA graphs may capture it; the current stream is used. The first
+    nine arguments are those of the op that vLLM had built in under this name.
+
+    Args:
+        a: int8 ``[num_tokens, in_features]``, contiguous; ``in_features`` a multiple of 128 and below 132104. Any
+            ``num_tokens`` from 0 up.
+        b_q_weight: int32 ``[in_features / 16, 2 * out_features]`` from :func:`marlin_qqq.pack_weight`; ``out_features`` a
+            multiple of 64.
+        s_tok: fp32, ``num_tokens`` values: one scale a row of ``a``.
+        s_ch: fp32, ``out_features`` values in stored order (:func:`marlin_qqq.permute_channel_scale`).
+        s_group: fp16 ``[in_features / 128, out_features]`` in stored order (:func:`marlin_qqq.permute_group_scale`) for
+            group size 128; a tensor without values for per-channel weights. ``|code * s_group| <= 127`` is the caller's
+            to ensure (:func:`marlin_qqq.check_and_repair`).
+        workspace: int32, at least ``out_features / 64 * 16`` zeros (:func:`make_workspace`). These kernels do not use it, so
+            streams may share one.
+        size_m: ``num_tokens``.
+        size_n: ``out_features``.
+        size_k: ``in_features``.
+        bias: ``out_features`` values of the output's dtype in natural order, added in fp32 before the rounding.
+        out_dtype: ``torch.float16`` (None means the same) or ``torch.bfloat16``.
+        constant_weights: promises that no kernel still running writes the weights, scales or bias, so that a CUDA kernel may
+            fetch them before the kernel ahead of it has finished. Leave it False when in doubt.
+
+    All tensors are on one device. On CUDA all but ``s_tok`` must start at a multiple of 16 bytes: a misaligned tensor is
+    refused, not copied.
+
+    Returns:
+        ``[num_tokens, out_features]`` of ``out_dtype``.
+
+    Raises:
+        RuntimeError: an argument is not as above; the message names it, its value and what is allowed.
+
+    Example:
+        >>> import torch, marlin_qqq
+        >>> weight = torch.randn(256, 128)                                  # [out_features, in_features]
+        >>> packed = marlin_qqq.quantize_weight(weight, group_size=128)
+        >>> a, s_tok = marlin_qqq.quantize_per_token(torch.randn(3, 128))
+        >>> workspace = marlin_qqq.make_workspace(256, "cpu")
+        >>> marlin_qqq.marlin_qqq_gemm(a, packed.B, s_tok, packed.s_channel, packed.s_group, workspace, 3, 256, 128).shape
+        torch.Size([3, 256])
+    """
+    return torch.ops.marlin_qqq.marlin_qqq_gemm(
+        a,
+        b_q_weight,
+        s_tok,
+        s_ch,
+        s_group,
+        workspace,
+        size_m,
+        size_n,
+        size_k,
+        bias=bias,
+        out_dtype=out_dtype,
+        constant_weights=constant_weights,
+    )
+
+
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows to int8 with one fp32 scale each, symmetric: ``x`` is about ``quantized * scale``.
+
+    ``scale = amax / 127`` and ``quantized = round_half_even(x * (127 / amax))`` with ``amax = max |row|``, all in fp32: the
+    same bits on CPU and GPU. A row of zeros (or so small that ``127 / amax`` is not finite) gives zeros and scale 0; a row
+    that holds a NaN or an infinity gives zeros and scale NaN, which makes the product's row NaN. This is what callers know
+    as vLLM's ``scaled_int8_quant(x)``.
+
+    Args:
+        x: fp16, bf16 or fp32 ``[..., in_features]``, at least 1-D. Rows may lie apart; a layout that is not evenly spaced rows
+            is copied first.
+
+    Returns:
+        ``(quantized, scale)``: int8 of ``x``'s shape, contiguous, and fp32 ``[..., 1]``.
+
+    Raises:
+        RuntimeError: ``x`` has another dtype or no dimension.
+
+    Example:
+        >>> quantized, scale = marlin_qqq.quantize_per_token(torch.tensor([[1.0, -2.0]]))
+        >>> quantized
+        tensor([[  64, -127]], dtype=torch.int8)
+    """
+    return torch.ops.marlin_qqq.quantize_per_token(x)
+
+
+def make_workspace(out_features: int, device: torch.device | str) -> Tensor:
+    """The ``workspace`` argument of :func:`marlin_qqq_gemm`: ``out_features / 64 * 16`` int32 zeros.
+
+    One is enough for a device: take the widest layer's. It is zero again after every call.
+
+    Raises:
+        ValueError: ``out_features`` is not a positive multiple of 64.
+
+    Example:
+        >>> marlin_qqq.make_workspace(256, "cpu").shape
+        torch.Size([64])
+    """
+    if out_features <= 0 or out_features % 64 != 0:
+        raise ValueError(f"make_workspace: out_features must be a positive multiple of 64, got {out_features}")
+    return torch.zeros(out_features // 64 * 16, dtype=torch.int32, device=device)
