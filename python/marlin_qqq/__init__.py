@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._version import __version__
+    from .checkpoint import CheckpointError, load_quantized_model, read_quantization_config, write_checkpoint
+    from .integrations.transformers import enable_transformers
     from .introspection import Plan, build_info, candidates, plan, tile_table
     from .linear import QQQLinear, quantize_model
     from .ops import make_workspace, marlin_qqq_gemm, quantize_per_token
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
 # Public name -> the module that defines it.
 _HOME = {
     "__version__": "_version",
+    "CheckpointError": "checkpoint",
+    "load_quantized_model": "checkpoint",
+    "read_quantization_config": "checkpoint",
+    "write_checkpoint": "checkpoint",
+    "enable_transformers": "integrations.transformers",
     "Plan": "introspection",
     "build_info": "introspection",
     "candidates": "introspection",
@@ -55,6 +62,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CheckpointError",
     "Plan",
     "QQQLinear",
     "QQQWeight",
@@ -63,6 +71,8 @@ __all__ = [
     "candidates",
     "check_and_repair",
     "dequantize_weight",
+    "enable_transformers",
+    "load_quantized_model",
     "make_workspace",
     "marlin_qqq_gemm",
     "pack_weight",
@@ -72,11 +82,13 @@ __all__ = [
     "quantize_model",
     "quantize_per_token",
     "quantize_weight",
+    "read_quantization_config",
     "repack_gptq",
     "tile_table",
     "unpack_weight",
     "unpermute_channel_scale",
     "unpermute_group_scale",
+    "write_checkpoint",
 ]
 
 

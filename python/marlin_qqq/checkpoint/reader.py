@@ -65,7 +65,9 @@ class Checkpoint:
         self.folder = TensorFolder(directory)
         self.modules = find_quantized_modules(self.folder.tensors, self.settings)
         if not self.modules:
-            raise CheckpointError(f"{self.folder.directory} has no quantised module (no tensor named <module>.{PACKED})")
+            raise CheckpointError(
+                f"{self.folder.directory} has no quantised module (no tensor named <module>.{PACKED})"
+            )
 
     def read(self, name: str) -> LoadedModule:
         """Reads, checks and repairs one quantised module."""
@@ -137,7 +139,9 @@ def _describe(name: str, tensors: Mapping[str, TensorInfo], settings: Quantizati
         )
     in_features, out_features = packed.shape[0] * 16, packed.shape[1] // 2
     if in_features > MAX_IN_FEATURES:
-        raise CheckpointError(f"{packed.name}: in_features is {in_features}; at most {MAX_IN_FEATURES} keeps sums in int32")
+        raise CheckpointError(
+            f"{packed.name}: in_features is {in_features}; at most {MAX_IN_FEATURES} keeps sums in int32"
+        )
     if f"{name}.weight" in tensors:
         raise CheckpointError(f"{name} has both {PACKED} and weight: is it quantised or not?")
 
@@ -156,7 +160,9 @@ def _describe(name: str, tensors: Mapping[str, TensorInfo], settings: Quantizati
                 f"says group_size {settings.group_size}: one scale a channel, no group scales"
             )
         if in_features % GROUP:
-            raise CheckpointError(f"{packed.name}: in_features is {in_features}; groups of {GROUP} need a multiple of it")
+            raise CheckpointError(
+                f"{packed.name}: in_features is {in_features}; groups of {GROUP} need a multiple of it"
+            )
         _check_dtype(group_scale, (torch.float16,))
         _check_shape(group_scale, (in_features // GROUP, out_features))
     elif settings.group_size == GROUP and in_features != GROUP:
@@ -168,7 +174,9 @@ def _describe(name: str, tensors: Mapping[str, TensorInfo], settings: Quantizati
     bias = tensors.get(f"{name}.{BIAS}")
     if bias is not None:
         _check_dtype(bias, _FLOAT_DTYPES)
-        _check_shape(bias, (out_features,))
+        # QQQLinear pads out_features to a tile of 64, and leaves the bias as long as the layer really is.
+        if len(bias.shape) != 1 or not out_features - 64 < bias.shape[0] <= out_features:
+            raise CheckpointError(f"{bias.name} has shape {list(bias.shape)}; {[out_features]} is needed")
     return QuantizedModule(name, in_features, out_features, GROUP if grouped else -1, bias is not None)
 
 

@@ -120,7 +120,9 @@ def read_header(file: Path) -> list[TensorInfo]:
                 view = handle.get_slice(name)
                 dtype = _DTYPES.get(str(view.get_dtype()))
                 if dtype is None:
-                    raise CheckpointError(f"tensor {name} of {file} has dtype {view.get_dtype()}, which is not supported")
+                    raise CheckpointError(
+                        f"tensor {name} of {file} has dtype {view.get_dtype()}, which is not supported"
+                    )
                 infos.append(TensorInfo(name, file, dtype, tuple(view.get_shape())))
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
@@ -137,7 +139,9 @@ def _read_weight_map(index_path: Path) -> dict[str, str]:
         if not isinstance(name, str) or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index_path} maps {tensor} to {name!r}; only .safetensors files are read")
         if name != os.path.basename(name) or "\\" in name or "\0" in name or name.startswith("."):
-            raise CheckpointError(f"{index_path} maps {tensor} to {name!r}, which is not a plain file name in the folder")
+            raise CheckpointError(
+                f"{index_path} maps {tensor} to {name!r}, which is not a plain file name in the folder"
+            )
     return weight_map
 
 

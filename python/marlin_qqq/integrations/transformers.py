@@ -21,6 +21,7 @@ from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.reader import GROUP_SCALE, QuantizedModule, check_values, find_quantized_modules
 from marlin_qqq.checkpoint.tensors import TensorInfo, read_header
 from marlin_qqq.linear import QQQLinear
+from marlin_qqq.ops import make_workspace
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +178,9 @@ def _read_headers(checkpoint_files: Iterable[str] | None) -> dict[str, TensorInf
     infos: dict[str, TensorInfo] = {}
     for file in checkpoint_files:
         if not str(file).endswith(".safetensors"):
-            raise CheckpointError(f"{file} is no safetensors file; a pickle can run code when loaded and is never opened")
+            raise CheckpointError(
+                f"{file} is no safetensors file; a pickle can run code when loaded and is never opened"
+            )
         infos.update((info.name, info) for info in read_header(Path(file)))
     return infos
 
@@ -202,7 +205,7 @@ def _empty_layer(linear: torch.nn.Linear, module: QuantizedModule) -> QQQLinear:
         dtype=linear.weight.dtype,
         device="meta",
     )
-    expected = (layer.B.shape[0] * 16, layer.B.shape[1] // 2)
+    expected = (layer.padded_in_features, layer.padded_out_features)
     if expected != (module.in_features, module.out_features):
         raise CheckpointError(
             f"{module.name}.B holds [{module.out_features}, {module.in_features}] weights; the model's layer has "
@@ -215,6 +218,8 @@ def _check_loaded_layer(name: str, layer: QQQLinear) -> None:
     if layer.B.is_meta:
         raise CheckpointError(f"{name} was not loaded")
     loaded = check_values(name, layer.B, layer.s_channel, layer.s_group, layer.bias)
+    # Not in the files: a loader that built the layer on the meta device leaves it uninitialised.
+    layer.workspace = make_workspace(layer.padded_out_features, layer.B.device)
     if loaded.repaired_columns:
         layer.s_channel, layer.s_group = loaded.weight.s_channel, loaded.weight.s_group
 
