@@ -1,8 +1,8 @@
 """W4A8 matrix products in the QQQ format: exact CPU and CUDA ops for PyTorch, with packing, layers and tools.
 
-Names are imported when first used, so that ``import marlin_qqq`` costs nothing where torch is not needed. The ops appear in
-``torch.ops.marlin_qqq`` with the first use of any of them, with ``import marlin_qqq.ops``, or at once where torch was
-imported before.
+Names are imported when first used, so that ``import marlin_qqq`` costs nothing where torch is not needed. The ops
+appear in ``torch.ops.marlin_qqq`` with the first use of any of them, with ``import marlin_qqq.ops``, or at once where
+torch was imported before.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .checkpoint import CheckpointError, load_quantized_model, read_quantization_config, write_checkpoint
     from .integrations.transformers import enable_transformers
     from .introspection import Plan, build_info, candidates, plan, tile_table
-    from .linear import QQQLinear, quantize_model
+    from .linear import QQQLinear
     from .ops import make_workspace, marlin_qqq_gemm, quantize_per_token
     from .packing import (
         QQQWeight,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         unpermute_channel_scale,
         unpermute_group_scale,
     )
-    from .quantization import check_and_repair, dequantize_weight, quantize_weight
+    from .quantization import check_and_repair, dequantize_weight, quantize_model, quantize_weight
     from .repack import repack_gptq
 
 # Public name -> the module that defines it.
@@ -44,7 +44,7 @@ _HOME = {
     "plan": "introspection",
     "tile_table": "introspection",
     "QQQLinear": "linear",
-    "quantize_model": "linear",
+    "quantize_model": "quantization",
     "make_workspace": "ops",
     "marlin_qqq_gemm": "ops",
     "quantize_per_token": "ops",

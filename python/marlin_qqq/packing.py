@@ -1,8 +1,8 @@
 """Packed QQQ weights: pack, unpack, permute scales, slice and concatenate.
 
-The bit layout lives in C++ (``csrc/format``, drawn in ``docs/format.md``); every function here hands the work to an op of
-the ``marlin_qqq`` library. Those ops run on the CPU: a tensor on another device is copied there and the result is copied
-back, so packing works for tensors of any device.
+The bit layout lives in C++ (``csrc/format``, drawn in ``docs/format.md``); every function here hands the work to an op
+of the ``marlin_qqq`` library. Those ops run on the CPU: a tensor on another device is copied there and the result is
+copied back, so packing works for tensors of any device.
 
 Shapes use N for ``out_features``, K for ``in_features``. ``group_size`` is 128 (one scale per output and 128 inputs) or
 -1 (one scale per output).
@@ -67,7 +67,9 @@ class QQQWeight(NamedTuple):
 def check_group_size(group_size: int) -> int:
     """Returns ``group_size`` if the format has it (128 or -1), else raises ``ValueError``."""
     if group_size not in (GROUP_SIZE, PER_CHANNEL):
-        raise ValueError(f"group_size is {group_size!r}; allowed: {GROUP_SIZE}, or {PER_CHANNEL} for one scale a channel")
+        raise ValueError(
+            f"group_size is {group_size!r}; allowed: {GROUP_SIZE}, or {PER_CHANNEL} for one scale a channel"
+        )
     return int(group_size)
 
 
@@ -179,7 +181,7 @@ def _check_cut(name: str, start: int, stop: int, size: int, multiple: int) -> No
 
 
 def slice_out_features(weight: QQQWeight, start: int, stop: int) -> QQQWeight:
-    """Outputs ``start`` to ``stop`` of a packed weight, without unpacking (a column-parallel shard, a part of fused QKV).
+    """Outputs ``start`` to ``stop`` of a packed weight, without unpacking (a column-parallel shard, a part of QKV).
 
     Args:
         weight: the packed weight.
@@ -268,6 +270,8 @@ def concat_in_features(weights: Sequence[QQQWeight]) -> QQQWeight:
     first = weights[0]
     for index, weight in enumerate(weights):
         if not torch.equal(weight.s_channel, first.s_channel):
-            raise ValueError(f"s_channel of weights[{index}] differs from weights[0]'s; one output has one channel scale")
+            raise ValueError(
+                f"s_channel of weights[{index}] differs from weights[0]'s; one output has one channel scale"
+            )
     s_group = torch.cat([weight.s_group for weight in weights]) if first.group_size == GROUP_SIZE else first.s_group
     return QQQWeight(torch.cat([weight.B for weight in weights]), first.s_channel, s_group)

@@ -1,7 +1,4 @@
-"""Weights to QQQ codes and scales and back: round to nearest, clip search, GPTQ, and the check of foreign weights.
-
-``quantize_model`` is in ``marlin_qqq.quantization.model``, because it builds on ``marlin_qqq.linear``, which builds on this.
-"""
+"""Weights to QQQ codes and scales and back: round to nearest, clip search, GPTQ, and the check of foreign weights."""
 
 from marlin_qqq.packing import QQQWeight
 from marlin_qqq.quantization.gptq import HessianAccumulator
@@ -14,6 +11,9 @@ from marlin_qqq.quantization.weight import (
     int8_weight,
 )
 
+# Last: it builds on marlin_qqq.linear, which builds on the names above.
+from marlin_qqq.quantization.model import quantize_model  # isort: skip
+
 __all__ = [
     "HessianAccumulator",
     "Method",
@@ -23,5 +23,6 @@ __all__ = [
     "check_weight",
     "dequantize_weight",
     "int8_weight",
+    "quantize_model",
     "quantize_weight",
 ]

@@ -4,9 +4,9 @@ Source: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quan
 Transformers", 2022, arXiv:2210.17323, algorithm 1 and section 3.3.
 
 Why not a library: llm-compressor and GPTQModel quantise whole models with their own data pipeline and write their own
-formats, and each brings a stack of packages and a narrow window of torch and transformers versions (llm-compressor 0.14:
-torch below 2.15, some fifteen packages; GPTQModel 7.7: torch from 2.14.1 on), where this package is to run with every
-torch from 2.10 on. What is needed of them is the algorithm of one page below.
+formats, and each brings a stack of packages and a narrow window of versions (llm-compressor 0.14: torch up to 2.14.1,
+transformers 5.15 to 5.21, some fifteen packages more; GPTQModel 7.7: torch from 2.14.1 on), where this package is to
+run with every torch from 2.10 on. What is needed of them is the algorithm of one page below.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class HessianAccumulator:
         """
         in_features = self.hessian.shape[0]
         if activations.dim() == 0 or activations.shape[-1] != in_features:
-            raise ValueError(f"activations have shape {list(activations.shape)}; the last dimension must be {in_features}")
+            raise ValueError(
+                f"activations have shape {list(activations.shape)}; the last dimension must be {in_features}"
+            )
         tokens = activations.detach().reshape(-1, in_features).to(self.hessian.device, torch.float32)
         if tokens.shape[0] == 0:
             return
@@ -76,8 +78,8 @@ def quantize(
         group_size: 128 or -1.
         clip_search: search the scales for the least squared error of the weight instead of taking its largest value.
         damping: added to the diagonal, as a fraction of its mean.
-        act_order: round the inputs in descending order of their diagonal. The scales are then those of the weight before
-            any correction, so that an input's group stays its natural one and nothing has to be permuted at run time.
+        act_order: round the inputs in descending order of their diagonal. The scales are then those of the weight
+            before any correction, so that an input's group stays its natural one and nothing is permuted at run time.
 
     Returns:
         int8 codes ``[K, N]`` and fp32 scales ``[K/128, N]`` or ``[1, N]``.
@@ -113,7 +115,9 @@ def quantize(
     for first in range(0, in_features, _BLOCK):
         last = min(first + _BLOCK, in_features)
         if late_scales:
-            scales[first // group] = find_scale(remaining[first:last].t().contiguous(), group_size, clip_search).squeeze(-1)
+            scales[first // group] = find_scale(
+                remaining[first:last].t().contiguous(), group_size, clip_search
+            ).squeeze(-1)
         errors = torch.empty_like(remaining[first:last])
         for row in range(first, last):
             scale = scales[original_index[row] // group]
@@ -138,7 +142,7 @@ def _check_hessian(hessian: Tensor, in_features: int) -> None:
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the damped Hessian's inverse: row i holds what rounding input i sends to inputs > i."""
+    """The upper Cholesky factor of the damped Hessian's inverse; row i: what rounding input i sends to later inputs."""
     mean = hessian.diagonal().mean()
     while damping <= 1.0:
         damped = hessian.clone()
@@ -147,6 +151,6 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed and torch.isfinite(upper).all():
-                return upper
+                return torch.as_tensor(upper)
         damping = max(damping, 1e-4) * _DAMPING_GROWTH
     raise ValueError("hessian is not positive definite, even with its mean added to the diagonal; use more tokens")

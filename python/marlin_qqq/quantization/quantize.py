@@ -32,11 +32,11 @@ def quantize_weight(
     """Quantises the weight of a linear layer to 4 bits.
 
     Args:
-        weight: fp16, bf16, fp32 or fp64 ``[N, K]`` (the layout of ``torch.nn.Linear.weight``), finite; N a multiple of 64,
-            K of 128. ``QQQLinear.from_linear`` pads other sizes.
+        weight: fp16, bf16, fp32 or fp64 ``[N, K]`` (the layout of ``torch.nn.Linear.weight``), finite; N a multiple of
+            64, K of 128. ``QQQLinear.from_linear`` pads other sizes.
         group_size: 128: a scale per output and 128 inputs; -1: a scale per output.
-        method: ``"rtn"``: round to nearest with the scale of the largest weight. ``"mse"``: the same with a scale that is
-            searched for the least squared error. ``"gptq"``: rounding that minimises the layer's output error on
+        method: ``"rtn"``: round to nearest with the scale of the largest weight. ``"mse"``: the same with a scale that
+            is searched for the least squared error. ``"gptq"``: rounding that minimises the layer's output error on
             calibration data, arXiv:2210.17323.
         hessian: for ``"gptq"``, and only there: fp32 ``[K, K]``, see ``HessianAccumulator``.
         **options: for ``"gptq"``: ``clip_search=False``, ``damping=0.01``, ``act_order=False``, see
@@ -68,7 +68,9 @@ def quantize_weight(
             )
     weight = weight.detach()
     if not torch.isfinite(weight).all():
-        raise ValueError(f"weight holds {int((~torch.isfinite(weight)).sum())} NaN or infinite values; all must be finite")
+        raise ValueError(
+            f"weight holds {int((~torch.isfinite(weight)).sum())} NaN or infinite values; all must be finite"
+        )
     codes, scale = _codes_and_scale(weight, group_size, method, hessian, options)
     return assemble(codes, scale, group_size)
 
@@ -87,5 +89,3 @@ def _codes_and_scale(
     if options:
         raise TypeError(f"method {method!r} has no option {sorted(options)[0]!r}")
     return rtn.quantize(weight, group_size, clip_search=method == "mse")
-
-

@@ -1,6 +1,8 @@
-"""Round to nearest: the scale from the largest weight, or from a search that clips the largest for less squared error."""
+"""Round to nearest: the scale from the largest weight, or from a search that clips it for less squared error."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -33,8 +35,8 @@ def find_scale(weight: Tensor, group_size: int, clip_search: bool) -> Tensor:
     Args:
         weight: fp32 ``[..., group]``.
         group_size: 128 or -1, for the range of the codes.
-        clip_search: False: the largest magnitude over 7 (per-channel) or 7.5 (per-group). True: that scale shrunk by the
-            ratio, of 40 between 1 and 0.4, with the least sum of squared errors.
+        clip_search: False: the largest magnitude over 7 (per-channel) or 7.5 (per-group). True: that scale shrunk by
+            the ratio, of 40 between 1 and 0.4, with the least sum of squared errors.
 
     Returns:
         fp32 ``[..., 1]``.
@@ -57,12 +59,18 @@ def _squared_error(weight: Tensor, scale: Tensor, group_size: int) -> Tensor:
     return (round_to_codes(weight, scale, group_size).mul_(scale).sub_(weight)).square_().sum(-1, keepdim=True)
 
 
-def find_scales(weight: Tensor, group_size: int, clip_search: bool) -> Tensor:
-    """The scales of a whole weight: floating point ``[N, K]`` to fp32 ``[K/128, N]`` or ``[1, N]``; see :func:`find_scale`."""
+def _chunks(weight: Tensor, group_size: int) -> Iterator[tuple[int, Tensor]]:
+    """Rows of a weight ``[N, K]``: the first row's index and fp32 ``[rows, groups, group]``."""
     out_features, in_features = weight.shape
     group = GROUP_SIZE if group_size == GROUP_SIZE else in_features
     rows = max(1, _CHUNK_WEIGHTS // in_features)
-    scales = [find_scale(chunk.float().unflatten(1, (-1, group)), group_size, clip_search) for chunk in weight.split(rows)]
+    for first in range(0, out_features, rows):
+        yield first, weight[first : first + rows].float().reshape(-1, in_features // group, group)
+
+
+def find_scales(weight: Tensor, group_size: int, clip_search: bool) -> Tensor:
+    """The scales of a whole weight ``[N, K]``: fp32 ``[K/128, N]`` or ``[1, N]``; see :func:`find_scale`."""
+    scales = [find_scale(chunk, group_size, clip_search) for _, chunk in _chunks(weight, group_size)]
     return torch.cat(scales).squeeze(-1).t().contiguous()
 
 
@@ -75,13 +83,12 @@ def quantize(weight: Tensor, group_size: int, clip_search: bool = False) -> tupl
         clip_search: see :func:`find_scale`.
 
     Returns:
-        int8 codes ``[K, N]`` and fp32 scales ``[K/128, N]`` or ``[1, N]``, with ``weight.T`` close to ``codes * scales``.
+        int8 codes ``[K, N]`` and fp32 scales ``[K/128, N]`` or ``[1, N]``; ``weight.T`` is about ``codes * scales``.
     """
     scales = find_scales(weight, group_size, clip_search)
     codes = torch.empty(weight.shape[1], weight.shape[0], dtype=torch.int8, device=weight.device)
-    rows = max(1, _CHUNK_WEIGHTS // weight.shape[1])
-    for first in range(0, weight.shape[0], rows):
-        groups = weight[first : first + rows].float().unflatten(1, (scales.shape[0], -1))
-        scale = scales[:, first : first + rows].t().unsqueeze(-1)
-        codes[:, first : first + rows] = round_to_codes(groups, scale, group_size).to(torch.int8).flatten(1).t()
+    for first, chunk in _chunks(weight, group_size):
+        columns = slice(first, first + chunk.shape[0])
+        rounded = round_to_codes(chunk, scales[:, columns].t().unsqueeze(-1), group_size)
+        codes[:, columns] = rounded.to(torch.int8).flatten(1).t()
     return codes, scales

@@ -60,7 +60,9 @@ def assemble(codes: Tensor, scale: Tensor, group_size: int) -> QQQWeight:
         raise ValueError(f"scale has shape {list(scale.shape)}; codes {list(codes.shape)} need {list(expected)}")
     scale = scale.float()
     if not torch.isfinite(scale).all():
-        raise ValueError(f"scale holds {int((~torch.isfinite(scale)).sum())} NaN or infinite values; all must be finite")
+        raise ValueError(
+            f"scale holds {int((~torch.isfinite(scale)).sum())} NaN or infinite values; all must be finite"
+        )
     if not grouped:
         channel_scale = permute_channel_scale(scale / PER_CHANNEL_FACTOR)
         return QQQWeight(pack_weight(codes, group_size), channel_scale, scale.new_empty(0, dtype=torch.float16))
@@ -153,7 +155,9 @@ def check_weight(weight: QQQWeight, name: str = "weight") -> None:
             f"N a multiple of {TILE_OUT_FEATURES}"
         )
     if tuple(weight.s_channel.shape) != (1, weight.out_features):
-        raise ValueError(f"{name}: s_channel has shape {list(weight.s_channel.shape)}; B needs [1, {weight.out_features}]")
+        raise ValueError(
+            f"{name}: s_channel has shape {list(weight.s_channel.shape)}; B needs [1, {weight.out_features}]"
+        )
     if weight.group_size == GROUP_SIZE:
         groups, rest = divmod(weight.in_features, GROUP_SIZE)
         if rest or tuple(weight.s_group.shape) != (groups, weight.out_features):
