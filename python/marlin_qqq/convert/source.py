@@ -1,0 +1,232 @@
+"""What is in a model folder: a float model, a GPTQ model or a QQQ model, and which of its layers can become QQQ."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from marlin_qqq.checkpoint.config import QUANT_METHOD, read_json_object
+from marlin_qqq.checkpoint.errors import CheckpointError
+from marlin_qqq.checkpoint.reader import Checkpoint, natural_key
+from marlin_qqq.checkpoint.tensors import TensorFolder
+from marlin_qqq.packing import IN_FEATURES_MULTIPLE, OUT_FEATURES_MULTIPLE
+
+Kind = Literal["float", "gptq", "qqq"]
+# Layers that inference engines merge into one: they are quantised together or not at all.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A linear layer of the source: its sizes, and the source tensors that it is made of (part -> tensor name)."""
+
+    name: str
+    in_features: int
+    out_features: int
+    parts: Mapping[str, str]
+
+
+@dataclass
+class Source:
+    """A model folder, looked at but not read.
+
+    Attributes:
+        kind: "float" (fp16, bf16 or fp32 weights), "gptq" (4-bit GPTQ) or "qqq" (either flavour).
+        config: config.json without quantization_config.
+        layers: linear layers to quantise, in natural order of their names.
+        skipped: linear layers that stay as they are -> the reason.
+        others: tensors that are copied.
+        group_size: of a "gptq" or "qqq" source.
+    """
+
+    directory: Path
+    kind: Kind
+    config: dict[str, Any]
+    folder: TensorFolder
+    layers: dict[str, LinearLayer]
+    skipped: dict[str, str]
+    others: list[str]
+    group_size: int | None = None
+    quantization_config: dict[str, Any] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def gptq_format(self) -> Literal["gptq", "gptq_v2"]:
+        """How a GPTQ source stores its zeros."""
+        name = self.quantization_config.get("checkpoint_format") or self.quantization_config.get("format") or "gptq"
+        if name not in ("gptq", "gptq_v2"):
+            raise CheckpointError(f"{self.directory}: GPTQ checkpoint_format {name!r}; 'gptq' and 'gptq_v2' are convertible")
+        return name
+
+
+def open_source(directory: Path, skip: Iterable[str] = ("lm_head",)) -> Source:
+    """Looks at a model folder.
+
+    Args:
+        directory: a Hugging Face folder with config.json and safetensors.
+        skip: modules to leave as they are: names, or dotted parts of names ("lm_head", "layers.0", "down_proj").
+
+    Raises:
+        CheckpointError: no config, no safetensors, another quantisation method, or an architecture that Transformers does
+            not know.
+    """
+    config = read_json_object(directory / "config.json")
+    quantization = config.pop("quantization_config", None)
+    if quantization is None and (directory / "quantize_config.json").exists():
+        quantization = read_json_object(directory / "quantize_config.json")
+    folder = TensorFolder(directory)
+    skip = tuple(skip)
+    if quantization is None:
+        return _float_source(directory, config, folder, skip)
+    if not isinstance(quantization, dict):
+        raise CheckpointError(
+            f"quantization_config in {directory} is a {type(quantization).__name__}; an object is needed"
+        )
+    method = quantization.get("quant_method", quantization.get("method", "gptq"))
+    if method == QUANT_METHOD:
+        return _qqq_source(directory, config, folder)
+    if method == "gptq":
+        return _gptq_source(directory, config, folder, quantization, skip)
+    raise CheckpointError(f"{directory} is quantised with {method!r}; convertible: unquantised, 'gptq' (4 bits), 'qqq'")
+
+
+def _float_source(directory: Path, config: dict[str, Any], folder: TensorFolder, skip: tuple[str, ...]) -> Source:
+    layers, skipped = {}, {}
+    for name, (out_features, in_features) in sorted(
+        linear_layers(config, directory).items(), key=lambda x: natural_key(x[0])
+    ):
+        info = folder.tensors.get(f"{name}.weight")
+        if info is None:
+            continue  # tied to another tensor, or a part that the folder does not hold
+        if info.dtype not in _FLOAT_DTYPES or info.shape != (out_features, in_features):
+            raise CheckpointError(
+                f"{info.name} is {info.dtype} {list(info.shape)}; the model's configuration needs a floating-point "
+                f"[{out_features}, {in_features}]"
+            )
+        reason = _reason_to_skip(name, in_features, out_features, skip)
+        if reason:
+            skipped[name] = reason
+            continue
+        parts = {"weight": info.name}
+        if f"{name}.bias" in folder:
+            parts["bias"] = f"{name}.bias"
+        layers[name] = LinearLayer(name, in_features, out_features, parts)
+    return _finish(Source(directory, "float", config, folder, layers, skipped, []))
+
+
+def _gptq_source(
+    directory: Path, config: dict[str, Any], folder: TensorFolder, quantization: dict[str, Any], skip: tuple[str, ...]
+) -> Source:
+    bits, group_size = quantization.get("bits"), quantization.get("group_size")
+    if bits != 4 or group_size not in (128, -1):
+        raise CheckpointError(
+            f"{directory}: GPTQ with {bits} bits, group_size {group_size}; 4 bits, 128 or -1 are convertible"
+        )
+    if quantization.get("sym") is False:
+        raise CheckpointError(f"{directory}: GPTQ with zero points (sym is false); QQQ's codes are symmetric")
+    layers, skipped = {}, {}
+    for key in sorted(folder.tensors, key=natural_key):
+        name, _, part = key.rpartition(".")
+        if part != "qweight":
+            continue
+        shape = folder.tensors[key].shape
+        if len(shape) != 2 or folder.tensors[key].dtype != torch.int32:
+            raise CheckpointError(
+                f"{key} is {folder.tensors[key].dtype} {list(shape)}; int32 [in_features / 8, N] is needed"
+            )
+        in_features, out_features = shape[0] * 8, shape[1]
+        parts = {part: f"{name}.{part}" for part in (*GPTQ_PARTS, "bias") if f"{name}.{part}" in folder}
+        if _reason_to_skip(name, in_features, out_features, skip) or "scales" not in parts or "qzeros" not in parts:
+            raise CheckpointError(
+                f"{name} cannot be converted from GPTQ: {_reason_to_skip(name, in_features, out_features, skip) or 'scales or qzeros is missing'}"
+            )
+        layers[name] = LinearLayer(name, in_features, out_features, parts)
+    return _finish(Source(directory, "gptq", config, folder, layers, skipped, [], int(group_size), quantization))
+
+
+def _qqq_source(directory: Path, config: dict[str, Any], folder: TensorFolder) -> Source:
+    checkpoint = Checkpoint(directory)
+    layers = {}
+    for name, module in checkpoint.modules.items():
+        parts = {part: f"{name}.{part}" for part in ("B", "s_channel", "s_group", "bias") if f"{name}.{part}" in folder}
+        layers[name] = LinearLayer(name, module.in_features, module.out_features, parts)
+    size = checkpoint.settings.group_size
+    return _finish(Source(directory, "qqq", config, folder, layers, {}, [], size, checkpoint=checkpoint))
+
+
+def linear_layers(config: Mapping[str, Any], directory: Path) -> dict[str, tuple[int, int]]:
+    """The nn.Linear layers of the architecture that `config` describes: name -> (out_features, in_features).
+
+    The model is built without weights, from Transformers' own code; code that a folder brings along is not run.
+    """
+    model = build_empty_model(config, directory)
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+
+
+def build_empty_model(config: Mapping[str, Any], directory: Path) -> Any:
+    """The causal language model that `config` describes, on the meta device."""
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise CheckpointError(
+            "transformers is needed to know a model's layers: pip install marlin-qqq[transformers]"
+        ) from error
+    model_type = config.get("model_type")
+    try:
+        parsed = AutoConfig.for_model(**config)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(parsed, trust_remote_code=False)
+    except (
+        Exception
+    ) as error:  # a config is untrusted input and Transformers raises all kinds of exceptions on a bad one
+        raise CheckpointError(
+            f"{directory}/config.json: Transformers cannot build a causal language model of model_type {model_type!r}: {error}"
+        ) from error
+
+
+def decoder_layer_of(module_name: str) -> str | None:
+    """The block that a module belongs to: "model.layers.3" of "model.layers.3.mlp.up_proj", None outside of blocks."""
+    match = re.match(r"(.*?\.\d+)\.", module_name)
+    return match.group(1) if match else None
+
+
+def _reason_to_skip(name: str, in_features: int, out_features: int, skip: tuple[str, ...]) -> str | None:
+    for part in skip:
+        if f".{part}." in f".{name}.":
+            return f"named by skip ({part})"
+    if in_features % IN_FEATURES_MULTIPLE or out_features % OUT_FEATURES_MULTIPLE:
+        return (
+            f"[{out_features}, {in_features}]: out_features must be a multiple of {OUT_FEATURES_MULTIPLE} and in_features "
+            f"of {IN_FEATURES_MULTIPLE}"
+        )
+    return None
+
+
+def _finish(source: Source) -> Source:
+    for name in list(source.layers):
+        parent, _, leaf = name.rpartition(".")
+        for group in _FUSED:
+            blocked = [part for part in group if f"{parent}.{part}" in source.skipped]
+            if leaf in group and blocked:
+                source.skipped[name] = f"merged with {blocked[0]} by inference engines, which is skipped"
+                del source.layers[name]
+                break
+    used = {tensor for layer in source.layers.values() for tensor in layer.parts.values()}
+    source.others = sorted((name for name in source.folder.tensors if name not in used), key=natural_key)
+    if not source.layers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(source.skipped.items())[:3])
+        raise CheckpointError(
+            f"{source.directory} has no linear layer to quantise" + (f" ({reasons})" if reasons else "")
+        )
+    return source
