@@ -161,9 +161,9 @@ const GemmBackend& backend_of(InstructionSet set) {
 #if defined(__x86_64__)
   switch (set) {
     case InstructionSet::kAvx2:
-      return generic_backend();
+      return avx2_backend();
     case InstructionSet::kAvxVnni:
-      return generic_backend();
+      return avx_vnni_backend();
     case InstructionSet::kAvx512Vnni:
       return avx512_vnni_backend();
     case InstructionSet::kGeneric:
