@@ -1,0 +1,137 @@
+// marlin_qqq._introspection: the planner, the tile table and the build, for Python. No torch, no GPU.
+// Documented for users in python/marlin_qqq/introspection.py.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "format/limits.h"
+#include "plan/plan.h"
+
+namespace py = pybind11;
+
+namespace marlin_qqq::introspection {
+namespace {
+
+struct BuildInfo {
+  std::string version = MARLIN_QQQ_VERSION;
+  std::string build_type = MARLIN_QQQ_BUILD_TYPE;
+  std::string compiler =
+#if defined(__clang__)
+      "clang " __clang_version__;
+#else
+      "gcc " __VERSION__;
+#endif
+  std::string cuda_compiler = MARLIN_QQQ_CUDA_COMPILER;            // "": a CPU package
+  std::string cuda_architectures = MARLIN_QQQ_CUDA_ARCHITECTURES;  // "80,86,90a,..."; "": a CPU package
+  std::string torch_stable_abi = "2.10";                           // the oldest torch that the libraries run on
+  std::string cpu_instruction_set = cpu::instruction_set_name(cpu::instruction_set());
+};
+
+std::string to_string(const BuildInfo& info) {
+  std::ostringstream text;
+  text << "marlin_qqq " << info.version << " (" << info.build_type << ", " << info.compiler << ", "
+       << (info.cuda_compiler.empty() ? "CPU only" : info.cuda_compiler + " for " + info.cuda_architectures)
+       << ", torch >= " << info.torch_stable_abi << ", CPU kernels: " << info.cpu_instruction_set << ")";
+  return text.str();
+}
+
+std::string to_string(const plan::TileDescription& tile) {
+  std::ostringstream text;
+  text << tile.name << " (" << plan::family_name(tile.family) << "): " << tile.tile_tokens << " tokens x "
+       << tile.tile_features << " features, " << tile.stages << " stages, " << tile.threads << " threads";
+  return text.str();
+}
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument("plan: " + message); }
+
+plan::Problem checked_problem(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size) {
+  if (num_tokens < 0) refuse("num_tokens must be 0 or more, got " + std::to_string(num_tokens));
+  if (out_features <= 0 || out_features % format::kOutFeaturesMultiple != 0) {
+    refuse("out_features must be a positive multiple of 64, got " + std::to_string(out_features));
+  }
+  if (in_features <= 0 || in_features % format::kInFeaturesMultiple != 0 || in_features >= format::kInFeaturesLimit) {
+    refuse("in_features must be a positive multiple of 128 below " + std::to_string(format::kInFeaturesLimit) +
+           ", got " + std::to_string(in_features));
+  }
+  if (group_size != format::kGroupSize && group_size != -1) {
+    refuse("group_size must be 128 or -1 (per-channel), got " + std::to_string(group_size));
+  }
+  return {num_tokens, out_features, in_features, group_size};
+}
+
+plan::Family family_of(const std::string& name) {
+  if (name.empty()) return plan::Family::kNone;
+  for (const plan::Family family : {plan::Family::kSm80, plan::Family::kSm90}) {
+    if (name == plan::family_name(family)) return family;
+  }
+  refuse("family must be \"sm80\" or \"sm90\", got \"" + name + "\"");
+}
+
+plan::Plan make_plan(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
+                     const std::string& device, const std::string& tile, int split, const std::string& family) {
+  return plan::make_plan(checked_problem(num_tokens, out_features, in_features, group_size),
+                         plan::reference_device(device), tile, split, family_of(family));
+}
+
+std::vector<plan::Plan> candidates(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
+                                   const std::string& device, const std::string& family) {
+  return plan::candidates(checked_problem(num_tokens, out_features, in_features, group_size),
+                          plan::reference_device(device), family_of(family));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_introspection, module) {
+  module.doc() = "Planner, tile table and build information of marlin_qqq.";
+
+  py::class_<plan::Plan>(module, "Plan", "A launch, fully decided.")
+      .def_property_readonly("family", [](const plan::Plan& plan) { return plan::family_name(plan.family); })
+      .def_readonly("tile", &plan::Plan::tile, "index into the family's tile table")
+      .def_readonly("tile_name", &plan::Plan::tile_name)
+      .def_readonly("tile_tokens", &plan::Plan::tile_tokens)
+      .def_readonly("tile_features", &plan::Plan::tile_features)
+      .def_readonly("stages", &plan::Plan::stages)
+      .def_readonly("split", &plan::Plan::split, "blocks that share one output tile")
+      .def_readonly("multicast", &plan::Plan::multicast, "blocks of a cluster that share one activation tile")
+      .def_readonly("grid", &plan::Plan::grid, "blocks")
+      .def_readonly("threads", &plan::Plan::threads, "threads a block")
+      .def_readonly("shared_memory_bytes", &plan::Plan::shared_memory_bytes)
+      .def_readonly("scratch_bytes", &plan::Plan::scratch_bytes)
+      .def_readonly("estimated_us", &plan::Plan::estimated_us, "the cost model's time, for comparing candidates")
+      .def("__repr__", [](const plan::Plan& plan) { return plan::to_string(plan); });
+
+  py::class_<plan::TileDescription>(module, "TileDescription", "A row of the tile table.")
+      .def_property_readonly("family",
+                             [](const plan::TileDescription& tile) { return plan::family_name(tile.family); })
+      .def_readonly("name", &plan::TileDescription::name)
+      .def_readonly("tile_tokens", &plan::TileDescription::tile_tokens)
+      .def_readonly("tile_features", &plan::TileDescription::tile_features)
+      .def_readonly("stages", &plan::TileDescription::stages)
+      .def_readonly("threads", &plan::TileDescription::threads)
+      .def("__repr__", [](const plan::TileDescription& tile) { return to_string(tile); });
+
+  py::class_<BuildInfo>(module, "BuildInfo", "How the package was built.")
+      .def_readonly("version", &BuildInfo::version)
+      .def_readonly("build_type", &BuildInfo::build_type)
+      .def_readonly("compiler", &BuildInfo::compiler)
+      .def_readonly("cuda_compiler", &BuildInfo::cuda_compiler)
+      .def_readonly("cuda_architectures", &BuildInfo::cuda_architectures)
+      .def_readonly("torch_stable_abi", &BuildInfo::torch_stable_abi)
+      .def_readonly("cpu_instruction_set", &BuildInfo::cpu_instruction_set)
+      .def("__repr__", [](const BuildInfo& info) { return to_string(info); });
+
+  module.def("plan", &make_plan, py::arg("num_tokens"), py::arg("out_features"), py::arg("in_features"),
+             py::arg("group_size") = 128, py::arg("device") = "sm_90", py::arg("tile") = "", py::arg("split") = 0,
+             py::arg("family") = "");
+  module.def("candidates", &candidates, py::arg("num_tokens"), py::arg("out_features"), py::arg("in_features"),
+             py::arg("group_size") = 128, py::arg("device") = "sm_90", py::arg("family") = "");
+  module.def("tile_table", &plan::tile_table);
+  module.def("build_info", [] { return BuildInfo{}; });
+}
+
+}  // namespace marlin_qqq::introspection

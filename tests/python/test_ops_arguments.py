@@ -1,0 +1,186 @@
+"""Bad input: one message a mistake, naming the argument, its value and what is allowed, and the next call works."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import reference
+import torch
+
+from marlin_qqq import marlin_qqq_gemm, quantize_per_token
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+ops = torch.ops.marlin_qqq
+NAMES = ("a", "b_q_weight", "s_tok", "s_ch", "s_group", "workspace", "size_m", "size_n", "size_k")
+
+# What to change in a good call of num_tokens 5, out_features 128, in_features 256, group_size 128 -> the message.
+Change = Callable[[dict], object]
+MISTAKES: dict[str, tuple[str, Change, str]] = {
+    "a dtype": ("a", lambda c: c["a"].float(), "a must be int8, got float32"),
+    "b dtype": ("b_q_weight", lambda c: c["b_q_weight"].long(), "b_q_weight must be int32, got int64"),
+    "s_tok dtype": ("s_tok", lambda c: c["s_tok"].half(), "s_tok must be float32, got float16"),
+    "s_ch dtype": ("s_ch", lambda c: c["s_ch"].double(), "s_ch must be float32, got float64"),
+    "s_group dtype": ("s_group", lambda c: c["s_group"].bfloat16(), "s_group must be float16, got bfloat16"),
+    "workspace dtype": ("workspace", lambda c: c["workspace"].float(), "workspace must be int32, got float32"),
+    "a rank": ("a", lambda c: c["a"][None], "a must have 2 dimensions, [num_tokens, in_features], got shape [1, 5, 256]"),
+    "b rank": ("b_q_weight", lambda c: c["b_q_weight"].flatten(), "b_q_weight must have 2 dimensions"),
+    "a columns": ("a", lambda c: c["a"][:, :100].contiguous(), "must be a positive multiple of 128, got 100"),
+    "a no columns": ("a", lambda c: c["a"][:, :0], "must be a positive multiple of 128, got 0"),
+    "b rows": ("b_q_weight", lambda c: c["b_q_weight"][:8].contiguous(), "in_features / 16 = 16, got 8"),
+    "b columns": (
+        "b_q_weight",
+        lambda c: c["b_q_weight"][:, :200].contiguous(),
+        "2 * out_features with out_features a positive multiple of 64, got 200",
+    ),
+    "size_m": ("size_m", lambda c: 6, "size_m must equal a.size(0) = 5, got 6"),
+    "size_n": ("size_n", lambda c: 64, "size_n must equal b_q_weight.size(1) / 2 = 128, got 64"),
+    "size_k": ("size_k", lambda c: -1, "size_k must equal a.size(1) = 256, got -1"),
+    "s_tok count": ("s_tok", lambda c: c["s_tok"][:4], "s_tok must hold num_tokens = 5 values, got shape [4, 1]"),
+    "s_ch count": ("s_ch", lambda c: c["s_ch"][:, :64], "s_ch must hold out_features = 128 values, got shape [1, 64]"),
+    "s_group shape": (
+        "s_group",
+        lambda c: c["s_group"][:1],
+        "s_group must have shape [in_features / 128, out_features] = [2, 128] (group_size 128), "
+        "or no values (per-channel), got [1, 128]",
+    ),
+    "s_group of another group size": (
+        "s_group",
+        lambda c: c["s_group"].repeat_interleave(2, dim=0),
+        "s_group must have shape [in_features / 128, out_features] = [2, 128]",
+    ),
+    "workspace size": (
+        "workspace",
+        lambda c: c["workspace"][:31],
+        "workspace must hold at least out_features / 64 * 16 = 32 int32 zeros, got 31",
+    ),
+    "a strides": ("a", lambda c: c["a"].t().contiguous().t(), "a must be contiguous (row-major), got strides [1, 5]"),
+    "b strides": (
+        "b_q_weight",
+        lambda c: c["b_q_weight"].repeat(1, 2)[:, :256],
+        "b_q_weight must be contiguous (row-major), got strides [512, 1] for shape [16, 256]",
+    ),
+    "s_tok strides": ("s_tok", lambda c: c["s_tok"].repeat(1, 2)[:, :1], "s_tok must be contiguous"),
+    "s_ch strides": ("s_ch", lambda c: c["s_ch"].repeat(1, 2)[:, ::2], "s_ch must be contiguous"),
+    "s_group strides": ("s_group", lambda c: c["s_group"].t().contiguous().t(), "s_group must be contiguous"),
+    "bias dtype": ("bias", lambda c: c["s_ch"][0], "bias must have the output's dtype, float16, got float32"),
+    "bias count": ("bias", lambda c: c["s_ch"][0, :64].half(), "bias must hold out_features = 128 values, got shape [64]"),
+    "bias strides": ("bias", lambda c: c["s_ch"][0].half().repeat(2)[::2], "bias must be contiguous"),
+    "out_dtype": ("out_dtype", lambda c: torch.float32, "out_dtype must be float16 or bfloat16, got torch's Float"),
+}
+
+
+def good_call(device: str) -> dict:
+    problem = reference.random_problem(5, 128, 256, 128, seed=1).to(device)
+    return dict(zip(NAMES, problem.arguments, strict=True), bias=None, out_dtype=None)
+
+
+def expected(device: str) -> torch.Tensor:
+    return reference.gemm(reference.random_problem(5, 128, 256, 128, seed=1))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_gemm_refuses(mistake, device):
+    name, change, message = MISTAKES[mistake]
+    call = good_call(device)
+    call[name] = change(call)
+    with pytest.raises(RuntimeError, match="marlin_qqq_gemm: .*" + re.escape(message)):
+        marlin_qqq_gemm(**call)
+    assert torch.equal(marlin_qqq_gemm(**good_call(device)).cpu(), expected(device))
+
+
+def test_gemm_refuses_in_features_that_could_overflow():
+    in_features = 132224  # the first multiple of 128 from 132104 up
+    call = good_call("cpu")
+    call |= {"a": torch.zeros(1, in_features, dtype=torch.int8), "size_m": 1, "size_k": in_features}
+    with pytest.raises(RuntimeError, match="in_features .* must be below 132104, where the int32 sum .* got 132224"):
+        marlin_qqq_gemm(**call)
+
+
+def test_gemm_accepts_the_largest_in_features():
+    problem = reference.random_problem(1, 64, 132096, -1, seed=2)
+    assert torch.equal(marlin_qqq_gemm(*problem.arguments), reference.gemm(problem))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["a", "b_q_weight", "s_tok", "s_ch", "s_group", "workspace", "bias"])
+def test_gemm_refuses_mixed_devices(name):
+    call = good_call("cuda")
+    call[name] = torch.zeros(128).half() if name == "bias" else call[name].cpu()
+    with pytest.raises(RuntimeError, match="must be on the device of a, c.*, got c"):
+        marlin_qqq_gemm(**call)
+    assert torch.equal(marlin_qqq_gemm(**good_call("cuda")).cpu(), expected("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["a", "b_q_weight", "s_ch", "s_group", "bias"])
+def test_gemm_refuses_misaligned_pointers(name):
+    call = good_call("cuda")
+    call["bias"] = torch.zeros(128, dtype=torch.float16, device="cuda")
+    value = call[name]
+    storage = torch.empty(value.numel() + 1, dtype=value.dtype, device="cuda")
+    call[name] = storage[1:].view(value.shape).copy_(value)
+    with pytest.raises(RuntimeError, match=rf"{name} must start at a multiple of 16 bytes.*storage_offset 1\)"):
+        marlin_qqq_gemm(**call)
+    assert torch.equal(marlin_qqq_gemm(**good_call("cuda")).cpu(), expected("cuda"))
+
+
+@pytest.mark.parametrize("name", ["a", "b_q_weight", "s_ch", "s_group"])
+def test_gemm_on_cpu_takes_any_storage_offset(name):
+    call = good_call("cpu")
+    value = call[name]
+    call[name] = torch.empty(value.numel() + 1, dtype=value.dtype)[1:].view(value.shape).copy_(value)
+    assert torch.equal(marlin_qqq_gemm(**call), expected("cpu"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.bool, torch.complex64])
+def test_quantize_refuses_dtype(dtype, device):
+    with pytest.raises(RuntimeError, match="quantize_per_token: x must be float16, bfloat16 or float32, got"):
+        quantize_per_token(torch.zeros(2, 128, device=device).to(dtype))
+
+
+def test_quantize_refuses_scalar():
+    with pytest.raises(RuntimeError, match="x must have at least 1 dimension"):
+        quantize_per_token(torch.tensor(1.0))
+
+
+CODES = torch.zeros(128, 64, dtype=torch.int8)
+PACKED = torch.zeros(8, 128, dtype=torch.int32)
+PACKING_MISTAKES = {
+    "codes dtype": (lambda: ops.pack_weight(CODES.int(), 128), "pack_weight: codes must be int8, got int32"),
+    "codes rank": (lambda: ops.pack_weight(CODES[0], 128), "pack_weight: codes must have 2 dimensions"),
+    "codes range": (lambda: ops.pack_weight(CODES + 8, -1), r"codes must be in \[-8, 7\], got 8 at \[0, 0\]"),
+    "group size": (lambda: ops.pack_weight(CODES, 64), r"group_size must be 128 or -1 \(per-channel\), got 64"),
+    "in_features": (lambda: ops.pack_weight(CODES[:120], -1), "in_features must be a positive multiple of 16, got 120"),
+    "in_features grouped": (
+        lambda: ops.pack_weight(CODES[:112], 128),
+        r"in_features must be a positive multiple of 128 \(group_size 128\), got 112",
+    ),
+    "out_features": (lambda: ops.pack_weight(CODES[:, :32], -1), "out_features must be a positive multiple of 64, got 32"),
+    "packed dtype": (lambda: ops.unpack_weight(PACKED.long(), -1), "unpack_weight: packed must be int32, got int64"),
+    "packed rank": (lambda: ops.unpack_weight(PACKED[0], -1), "unpack_weight: packed must have 2 dimensions"),
+    "packed odd": (lambda: ops.unpack_weight(PACKED[:, :127], -1), r"must be 2 \* out_features, got 127"),
+    "packed width": (lambda: ops.unpack_weight(PACKED[:, :64], -1), "out_features must be a positive multiple of 64, got 32"),
+    "unpack group size": (lambda: ops.unpack_weight(PACKED, 0), "unpack_weight: group_size must be 128 or -1"),
+    "group scale width": (lambda: ops.permute_group_scale(torch.zeros(96)), "must be a multiple of 64, got 96"),
+    "channel scale width": (lambda: ops.permute_channel_scale(torch.zeros(40)), "must be a multiple of 32, got 40"),
+    "scale dtype": (lambda: ops.permute_group_scale(torch.zeros(64).double()), "elements of 2 or 4 bytes .* got float64"),
+    "scale rank": (lambda: ops.unpermute_group_scale(torch.tensor(1.0)), "scale must have at least 1 dimension"),
+}
+
+
+@pytest.mark.parametrize("mistake", PACKING_MISTAKES)
+def test_packing_refuses(mistake):
+    call, message = PACKING_MISTAKES[mistake]
+    with pytest.raises(RuntimeError, match=message):
+        call()
+
+
+def test_packing_names_the_bad_code():
+    codes = CODES.clone()
+    codes[77, 13] = -9
+    with pytest.raises(RuntimeError, match=r"got -9 at \[77, 13\]"):
+        ops.pack_weight(codes, -1)
