@@ -157,6 +157,15 @@ struct Gemm {
   }
 };
 
+// Threads worth waking: below some twenty microseconds of work each, waking them costs more than they save.
+int useful_threads(int64_t num_tokens, int64_t out_features, int64_t in_features, int num_threads) {
+  constexpr int64_t kWeightsPerThread = 800'000;  // that many are dequantised in 20 us
+  constexpr int64_t kTokensLikeDequantising = 8;  // multiplying them costs as much as dequantising
+  const int64_t weights = out_features * in_features;
+  const int64_t work = weights + weights / kTokensLikeDequantising * num_tokens;
+  return static_cast<int>(std::clamp<int64_t>(work / kWeightsPerThread, 1, std::max(num_threads, 1)));
+}
+
 const GemmBackend& backend_of(InstructionSet set) {
 #if defined(__x86_64__)
   switch (set) {
@@ -184,6 +193,7 @@ void gemm(const int8_t* activations, const int32_t* packed_weight, const float* 
     return;
   }
   const GemmBackend& backend = backend_of(instruction_set());
+  num_threads = useful_threads(num_tokens, out_features, in_features, num_threads);
 
   constexpr int64_t kSumTokens = 64;  // tokens of a task of the first pass: too little work to share below that
   std::vector<int32_t> initial_sums(static_cast<size_t>(num_tokens));
@@ -211,7 +221,7 @@ void gemm(const int8_t* activations, const int32_t* packed_weight, const float* 
                0,
                0,
                0};
-  const int64_t num_tasks = product.plan_tasks(std::max(num_threads, 1));
+  const int64_t num_tasks = product.plan_tasks(num_threads);
   parallel_for(num_tasks, num_threads, product);
 }
 

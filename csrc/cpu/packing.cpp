@@ -14,41 +14,98 @@ namespace {
 
 using format::kTileInFeatures;
 using format::kTileOutFeatures;
-using format::kWordsPerTile;
+
+// Four successive in_features (r) of a tile against its columns 16 * j + 8 * b + c make 32 words. Written column by
+// column c inside, so that compilers vectorise both directions.
+constexpr int64_t kQuad = 4;
+using Words = uint32_t[4][8];  // [j][c]
+
+template <bool kGrouped>
+void encode_quad(const int8_t* codes, int64_t out_features, Words& words) {
+  for (int j = 0; j < 4; ++j) {
+    uint32_t word[8] = {};
+    for (int b = 0; b < 2; ++b) {
+      for (int r = 0; r < kQuad; ++r) {
+        const int8_t* row = codes + r * out_features + 16 * j + 8 * b;
+        const int shift = 4 * format::packed_nibble(r, 8 * b, kGrouped);
+        for (int c = 0; c < 8; ++c) {
+          word[c] |= format::encode_nibble(row[c], kGrouped) << shift;
+        }
+      }
+    }
+    std::memcpy(words[j], word, sizeof(word));
+  }
+}
+
+template <bool kGrouped>
+void decode_quad(const Words& words, int64_t out_features, int8_t* codes) {
+  for (int j = 0; j < 4; ++j) {
+    for (int b = 0; b < 2; ++b) {
+      for (int r = 0; r < kQuad; ++r) {
+        int8_t* row = codes + r * out_features + 16 * j + 8 * b;
+        const int shift = 4 * format::packed_nibble(r, 8 * b, kGrouped);
+        int8_t decoded[8];
+        for (int c = 0; c < 8; ++c) {
+          decoded[c] = static_cast<int8_t>(format::decode_nibble(words[j][c] >> shift, kGrouped));
+        }
+        std::memcpy(row, decoded, sizeof(decoded));
+      }
+    }
+  }
+}
+
+// Calls visit(first in_feature, first out_feature, first word) for every quad of one row of tiles.
+template <typename Visit>
+void for_each_quad(int64_t tile_row, int64_t out_features, Visit visit) {
+  for (int64_t n = 0; n < out_features; n += kTileOutFeatures) {
+    for (int64_t k = 0; k < kTileInFeatures; k += kQuad) {
+      visit(tile_row * kTileInFeatures + k, n, tile_row * 2 * out_features + format::packed_word(k, n));
+    }
+  }
+}
+
+template <bool kGrouped>
+void pack_rows(const int8_t* codes, int64_t in_features, int64_t out_features, int32_t* packed, int num_threads) {
+  auto pack_row = [&](int64_t tile_row) {
+    for_each_quad(tile_row, out_features, [&](int64_t k, int64_t n, int64_t first_word) {
+      Words words;
+      encode_quad<kGrouped>(codes + k * out_features + n, out_features, words);
+      for (int c = 0; c < 8; ++c) {
+        for (int j = 0; j < 4; ++j) {
+          packed[first_word + format::packed_word(0, 16 * j + c)] = static_cast<int32_t>(words[j][c]);
+        }
+      }
+    });
+  };
+  parallel_for(in_features / kTileInFeatures, num_threads, pack_row);
+}
+
+template <bool kGrouped>
+void unpack_rows(const int32_t* packed, int64_t in_features, int64_t out_features, int8_t* codes, int num_threads) {
+  auto unpack_row = [&](int64_t tile_row) {
+    for_each_quad(tile_row, out_features, [&](int64_t k, int64_t n, int64_t first_word) {
+      Words words;
+      for (int c = 0; c < 8; ++c) {
+        for (int j = 0; j < 4; ++j) {
+          words[j][c] = static_cast<uint32_t>(packed[first_word + format::packed_word(0, 16 * j + c)]);
+        }
+      }
+      decode_quad<kGrouped>(words, out_features, codes + k * out_features + n);
+    });
+  };
+  parallel_for(in_features / kTileInFeatures, num_threads, unpack_row);
+}
 
 }  // namespace
 
 void pack_weight(const int8_t* codes, int64_t in_features, int64_t out_features, bool grouped, int32_t* packed,
                  int num_threads) {
-  const int64_t words_per_row = 2 * out_features;
-  auto pack_row = [&](int64_t row) {
-    for (int64_t word = 0; word < words_per_row; ++word) {
-      uint32_t value = 0;
-      for (int nibble = 0; nibble < 8; ++nibble) {
-        const auto position = format::weight_position(row, word, nibble, grouped);
-        const int code = codes[position.in_feature * out_features + position.out_feature];
-        value |= format::encode_nibble(code, grouped) << (4 * nibble);
-      }
-      packed[row * words_per_row + word] = static_cast<int32_t>(value);
-    }
-  };
-  parallel_for(in_features / kTileInFeatures, num_threads, pack_row);
+  (grouped ? pack_rows<true> : pack_rows<false>)(codes, in_features, out_features, packed, num_threads);
 }
 
 void unpack_weight(const int32_t* packed, int64_t in_features, int64_t out_features, bool grouped, int8_t* codes,
                    int num_threads) {
-  const int64_t words_per_row = 2 * out_features;
-  auto unpack_row = [&](int64_t row) {
-    for (int64_t word = 0; word < words_per_row; ++word) {
-      const auto value = static_cast<uint32_t>(packed[row * words_per_row + word]);
-      for (int nibble = 0; nibble < 8; ++nibble) {
-        const auto position = format::weight_position(row, word, nibble, grouped);
-        codes[position.in_feature * out_features + position.out_feature] =
-            static_cast<int8_t>(format::decode_nibble(value >> (4 * nibble), grouped));
-      }
-    }
-  };
-  parallel_for(in_features / kTileInFeatures, num_threads, unpack_row);
+  (grouped ? unpack_rows<true> : unpack_rows<false>)(packed, in_features, out_features, codes, num_threads);
 }
 
 CodeRange code_range(const int8_t* codes, int64_t count, int num_threads) {
