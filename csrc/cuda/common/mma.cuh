@@ -1,0 +1,35 @@
+// Warp-level pieces of the mma.sync path: matrix product, matrix load, asynchronous copies.
+#pragma once
+
+#include <cstdint>
+
+namespace marlin_qqq::cuda {
+
+// sums += A[16, 32] x B[32, 8]: int8 operands, int32 sums. PTX ISA, mma.m16n8k32.
+__device__ __forceinline__ void mma_int8(int32_t (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four blocks of 8 rows x 16 bytes: lane l gives the address of row l % 8 of block l / 8. PTX ISA, ldmatrix.
+__device__ __forceinline__ void load_matrix(uint32_t (&blocks)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(blocks[0]), "=r"(blocks[1]), "=r"(blocks[2]), "=r"(blocks[3])
+               : "r"(address)
+               : "memory");
+}
+
+// 16 bytes, global -> shared, past L1; zeros when `inside` is false. PTX ISA, cp.async.
+__device__ __forceinline__ void copy_async(uint32_t target, const void* source, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(inside ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+}  // namespace marlin_qqq::cuda

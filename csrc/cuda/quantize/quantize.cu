@@ -1,0 +1,260 @@
+// quantize_per_token: one pass, a row in registers. Definition: docs/format.md, "Activations".
+#include "cuda/quantize/quantize.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+
+#include "cuda/common/dependent_launch.cuh"
+
+namespace marlin_qqq::cuda {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+constexpr uint32_t kInfinityBits = 0x7f800000u;
+
+// The bits of |x| as fp32, which order like the numbers do, infinities and then NaNs above all.
+template <class T>
+__device__ __forceinline__ float to_float(T x) {
+  return static_cast<float>(x);
+}
+
+// Elements of 16 bytes: their largest |x| in fp32 bits, and their values.
+template <class T>
+struct Vector;
+
+template <>
+struct Vector<float> {
+  static constexpr int kElements = 4;
+  static __device__ __forceinline__ uint32_t largest(uint4 v) {
+    return max(max(v.x & 0x7fffffffu, v.y & 0x7fffffffu), max(v.z & 0x7fffffffu, v.w & 0x7fffffffu));
+  }
+  static __device__ __forceinline__ void unpack(uint4 v, float (&x)[4]) {
+    x[0] = __uint_as_float(v.x);
+    x[1] = __uint_as_float(v.y);
+    x[2] = __uint_as_float(v.z);
+    x[3] = __uint_as_float(v.w);
+  }
+};
+
+// The magnitudes of 16-bit floats order like unsigned integers, two lanes at a time.
+__device__ __forceinline__ uint32_t largest_lanes(uint4 v) {
+  constexpr uint32_t kMagnitude = 0x7fff7fffu;
+  return __vmaxu2(__vmaxu2(v.x & kMagnitude, v.y & kMagnitude), __vmaxu2(v.z & kMagnitude, v.w & kMagnitude));
+}
+
+template <>
+struct Vector<__half> {
+  static constexpr int kElements = 8;
+  static __device__ __forceinline__ uint32_t largest(uint4 v) {
+    const uint32_t lanes = largest_lanes(v);
+    const auto bits = static_cast<unsigned short>(max(lanes & 0xffffu, lanes >> 16));
+    return __float_as_uint(__half2float(__ushort_as_half(bits))) & 0x7fffffffu;
+  }
+  static __device__ __forceinline__ void unpack(uint4 v, float (&x)[8]) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
+      x[2 * i] = pair.x;
+      x[2 * i + 1] = pair.y;
+    }
+  }
+};
+
+template <>
+struct Vector<__nv_bfloat16> {
+  static constexpr int kElements = 8;
+  static __device__ __forceinline__ uint32_t largest(uint4 v) {
+    const uint32_t lanes = largest_lanes(v);
+    return max(lanes & 0xffffu, lanes >> 16) << 16;
+  }
+  static __device__ __forceinline__ void unpack(uint4 v, float (&x)[8]) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x[2 * i] = __uint_as_float(words[i] << 16);
+      x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  }
+};
+
+// What a row's largest |x| says: its scale, and what its elements are multiplied with.
+struct RowScale {
+  float scale;
+  float inverse;
+};
+
+__device__ __forceinline__ RowScale row_scale(uint32_t largest_bits) {
+  const float largest = __uint_as_float(largest_bits);
+  if (largest_bits >= kInfinityBits) return {__uint_as_float(0x7fc00000u), 0.0f};  // a NaN or an infinity in the row
+  const float inverse = __fdiv_rn(127.0f, largest);
+  if (__float_as_uint(inverse) >= kInfinityBits) return {0.0f, 0.0f};  // nothing but zeros, or next to it
+  return {__fdiv_rn(largest, 127.0f), inverse};
+}
+
+// x * inverse rounded half to even, in the low byte: |x * inverse| <= 127, and adding 1.5 * 2^23 to a product that has been
+// rounded to fp32 rounds it to an integer in the low bits.
+__device__ __forceinline__ uint32_t quantized_bits(float x, float inverse) {
+  return __float_as_uint(__fadd_rn(__fmul_rn(x, inverse), 12582912.0f));
+}
+
+__device__ __forceinline__ uint32_t pack4(const float* x, float inverse) {
+  const uint32_t low = __byte_perm(quantized_bits(x[0], inverse), quantized_bits(x[1], inverse), 0x0040);
+  const uint32_t high = __byte_perm(quantized_bits(x[2], inverse), quantized_bits(x[3], inverse), 0x0040);
+  return __byte_perm(low, high, 0x5410);
+}
+
+// The maximum over the threads of a row: blockDim.x threads, whole warps; threadIdx.y counts rows of the block.
+__device__ __forceinline__ uint32_t row_maximum(uint32_t value) {
+  value = __reduce_max_sync(~0u, value);
+  const int warps = blockDim.x / 32;
+  if (warps == 1) return value;
+  __shared__ uint32_t partial[kMaxThreads / 32];
+  uint32_t* row = partial + threadIdx.y * warps;
+  if (threadIdx.x % 32 == 0) row[threadIdx.x / 32] = value;
+  __syncthreads();
+  const int lane = threadIdx.x % 32;
+  return __reduce_max_sync(~0u, lane < warps ? row[lane] : 0u);
+}
+
+// A row's elements in 16-byte vectors, kVectors a thread. Rows are 16-byte aligned and in_features a multiple of a vector.
+template <class T, int kVectors>
+__global__ void __launch_bounds__(kMaxThreads) quantize_rows(const T* x, int64_t num_tokens, int64_t in_features,
+                                                             int64_t row_stride, int8_t* quantized,
+                                                             float* token_scale) {
+  constexpr int kElements = Vector<T>::kElements;
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const bool inside = token < num_tokens;
+  const int vectors = static_cast<int>(in_features / kElements);
+  const uint4* row = reinterpret_cast<const uint4*>(x + (inside ? token : 0) * row_stride);
+
+  uint4 values[kVectors];
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int index = threadIdx.x + i * blockDim.x;
+    values[i] = index < vectors ? __ldcs(row + index) : make_uint4(0, 0, 0, 0);
+  }
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) largest = max(largest, Vector<T>::largest(values[i]));
+  const RowScale scale = row_scale(row_maximum(largest));
+  if (!inside) return;
+  if (threadIdx.x == 0) token_scale[token] = scale.scale;
+  const bool finite = scale.scale == scale.scale;  // otherwise NaN * 0 would not be zero
+
+  int8_t* target = quantized + token * in_features;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int index = threadIdx.x + i * blockDim.x;
+    if (index >= vectors) break;
+    float elements[kElements];
+    Vector<T>::unpack(values[i], elements);
+    if constexpr (kElements == 8) {
+      uint2 packed = {pack4(elements, scale.inverse), pack4(elements + 4, scale.inverse)};
+      if (!finite) packed = make_uint2(0, 0);
+      reinterpret_cast<uint2*>(target)[index] = packed;
+    } else {
+      reinterpret_cast<uint32_t*>(target)[index] = finite ? pack4(elements, scale.inverse) : 0u;
+    }
+  }
+}
+
+// Any width and alignment: element by element, reading the row twice.
+template <class T>
+__global__ void __launch_bounds__(256) quantize_rows_of_any_shape(const T* x, int64_t in_features, int64_t row_stride,
+                                                                  int8_t* quantized, float* token_scale) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  const int64_t token = blockIdx.x;
+  const T* row = x + token * row_stride;
+  uint32_t largest = 0;
+  for (int64_t i = threadIdx.x; i < in_features; i += blockDim.x) {
+    largest = max(largest, __float_as_uint(to_float(row[i])) & 0x7fffffffu);
+  }
+  const RowScale scale = row_scale(row_maximum(largest));
+  if (threadIdx.x == 0) token_scale[token] = scale.scale;
+  const bool finite = scale.scale == scale.scale;
+  for (int64_t i = threadIdx.x; i < in_features; i += blockDim.x) {
+    quantized[token * in_features + i] =
+        finite ? static_cast<int8_t>(quantized_bits(to_float(row[i]), scale.inverse)) : int8_t{0};
+  }
+}
+
+template <class... Arguments, class... Values>
+cudaError_t launch_dependent(void (*kernel)(Arguments...), dim3 grid, dim3 block, cudaStream_t stream, Values... values) {
+  int device = 0;
+  int major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Arguments>(values)...);
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class T>
+cudaError_t launch(const T* x, int64_t num_tokens, int64_t in_features, int64_t row_stride, int8_t* quantized,
+                   float* token_scale, cudaStream_t stream) {
+  constexpr int kElements = Vector<T>::kElements;
+  const int64_t vectors = in_features / kElements;
+  const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && row_stride % kElements == 0 &&
+                       in_features % kElements == 0 && reinterpret_cast<uintptr_t>(quantized) % 8 == 0;
+  if (!aligned || vectors == 0 || vectors > 8 * kMaxThreads) {
+    return launch_dependent(quantize_rows_of_any_shape<T>, dim3(static_cast<unsigned>(num_tokens)), dim3(256), stream,
+                            x, in_features, row_stride, quantized, token_scale);
+  }
+  // Few rows: as many threads as the row has vectors, for the shortest time. Many rows: four loads in flight a thread.
+  const int wanted = num_tokens <= 256 ? 1 : 4;
+  int per_thread = 1;
+  while (per_thread < wanted || divide_up(vectors, per_thread) > kMaxThreads) per_thread *= 2;
+  const auto threads = static_cast<unsigned>(divide_up(divide_up(vectors, per_thread), 32) * 32);
+  const unsigned rows = std::max(1u, 128 / threads);
+  const dim3 grid(static_cast<unsigned>(divide_up(num_tokens, rows)));
+  const dim3 block(threads, rows);
+  const auto run = [&](auto kernel) {
+    return launch_dependent(kernel, grid, block, stream, x, num_tokens, in_features, row_stride, quantized, token_scale);
+  };
+  switch (per_thread) {
+    case 1:
+      return run(quantize_rows<T, 1>);
+    case 2:
+      return run(quantize_rows<T, 2>);
+    case 4:
+      return run(quantize_rows<T, 4>);
+    default:
+      return run(quantize_rows<T, 8>);
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_quantize_per_token(const void* x, InputType input_type, int64_t num_tokens, int64_t in_features,
+                                      int64_t row_stride, int8_t* quantized, float* token_scale, cudaStream_t stream) {
+  if (num_tokens == 0) return cudaSuccess;
+  if (num_tokens > INT32_MAX) return cudaErrorInvalidValue;
+  switch (input_type) {
+    case InputType::kFloat16:
+      return launch(static_cast<const __half*>(x), num_tokens, in_features, row_stride, quantized, token_scale, stream);
+    case InputType::kBFloat16:
+      return launch(static_cast<const __nv_bfloat16*>(x), num_tokens, in_features, row_stride, quantized, token_scale,
+                    stream);
+    case InputType::kFloat32:
+      return launch(static_cast<const float*>(x), num_tokens, in_features, row_stride, quantized, token_scale, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace marlin_qqq::cuda

@@ -1,0 +1,5 @@
+#include "cuda/sm80/instantiate.cuh"
+
+MARLIN_QQQ_INSTANTIATE_SM80("mma16")
+MARLIN_QQQ_INSTANTIATE_SM80("mma32")
+MARLIN_QQQ_INSTANTIATE_SM80("mma64")

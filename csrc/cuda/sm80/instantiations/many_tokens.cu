@@ -1,0 +1,5 @@
+#include "cuda/sm80/instantiate.cuh"
+
+MARLIN_QQQ_INSTANTIATE_SM80("mma128")
+MARLIN_QQQ_INSTANTIATE_SM80("mma128wide")
+MARLIN_QQQ_INSTANTIATE_SM80("mma256")

@@ -1,0 +1,152 @@
+// From exact int32 sums to output: whole tiles go from registers through shared memory to the copy engine; partial sums
+// of split tiles meet in the shared memory of a cluster, so that no scratch, counter or lock exists.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/common/barrier.cuh"
+#include "cuda/common/cluster.cuh"
+#include "cuda/common/output.cuh"
+#include "cuda/common/tma.cuh"
+#include "cuda/sm90/config.cuh"
+
+namespace marlin_qqq::cuda::sm90 {
+
+// Four 8x8 blocks of 16-bit elements, each transposed on its way to shared memory: lane l gives the address of row l % 8
+// of block l / 8. PTX ISA, stmatrix.
+__device__ __forceinline__ void store_transposed(uint32_t address, const uint32_t (&blocks)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(blocks[0]),
+               "r"(blocks[1]), "r"(blocks[2]), "r"(blocks[3])
+               : "memory");
+}
+
+// A whole tile: this warpgroup's features x tokens. Called by its 128 threads.
+template <class C>
+__device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging, const float* token_scales,
+                                           int token, int feature, int warpgroup, int warp, int lane,
+                                           const int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
+  constexpr int kStoreTokens = C::kStoreTokens;
+  constexpr int kChunkBytes = C::kChunkBytes;
+  constexpr int kChunks = C::kTokens / kStoreTokens;
+  const bool leader = threadIdx.x % 128 == 0;
+  const uint32_t warpgroup_staging = staging + warpgroup * 2 * kChunkBytes;
+
+  // Channel scales and biases of this thread's features.
+  float channel_scale[C::kBlocks][2];
+  float bias[C::kBlocks][2];
+#pragma unroll
+  for (int j = 0; j < C::kBlocks; ++j) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const int column = feature + 16 * (C::kBlocks * warp + j) + 8 * b + lane / 4;
+      const bool inside = column < p.out_features;
+      channel_scale[j][b] = inside ? __ldg(p.channel_scale + format::stored_channel_scale_column(column)) : 0.0f;
+      bias[j][b] = inside && p.bias != nullptr ? load_bias(p.bias, column, p.output_is_bfloat16) : 0.0f;
+    }
+  }
+
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    const uint32_t buffer = warpgroup_staging + (chunk % 2) * kChunkBytes;
+    // The store that last read this buffer was two chunks ago.
+    if (leader) tma_store_wait_read<1>();
+    named_barrier_sync(1 + warpgroup, 128);
+#pragma unroll
+    for (int pair = 0; pair < kStoreTokens / 16; ++pair) {
+      const int first = chunk * kStoreTokens + 16 * pair;  // token of the tile
+#pragma unroll
+      for (int j = 0; j < C::kBlocks; ++j) {
+        uint32_t blocks[4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float2 scale = *reinterpret_cast<const float2*>(token_scales + first + 8 * i + 2 * (lane % 4));
+#pragma unroll
+          for (int b = 0; b < 2; ++b) {
+            const int index = 4 * (first / 8 + i) + 2 * b;
+            const float low = scaled(sums[j][index], channel_scale[j][b], scale.x);
+            const float high = scaled(sums[j][index + 1], channel_scale[j][b], scale.y);
+            blocks[2 * i + b] = p.bias != nullptr
+                                    ? pack_outputs(__fadd_rn(low, bias[j][b]), __fadd_rn(high, bias[j][b]), p.output_is_bfloat16)
+                                    : pack_outputs(low, high, p.output_is_bfloat16);
+          }
+        }
+        const int row = 16 * pair + 8 * (lane / 16) + lane % 8;            // token of the chunk
+        const int column = 16 * (C::kBlocks * warp + j) + 8 * (lane / 8 % 2);  // first feature of the 16 bytes
+        const uint32_t swizzled = (column % 64 / 8) ^ (row % 8);
+        store_transposed(buffer + column / 64 * kStoreTokens * 128 + row * 128 + swizzled * 16, blocks);
+      }
+    }
+    async_proxy_fence();
+    named_barrier_sync(1 + warpgroup, 128);
+    if (leader) {
+#pragma unroll
+      for (int panel = 0; panel < C::kBlocks; ++panel) {
+        tma_store(&p.output, buffer + panel * kStoreTokens * 128, feature + 64 * panel,
+                  token + chunk * kStoreTokens);
+      }
+      tma_store_commit();
+    }
+  }
+}
+
+// A warpgroup's partial sums -> shared memory, [token][feature] with a pitch that spreads the banks.
+template <class C>
+__device__ __forceinline__ void store_partial(uint32_t partial, int warpgroup, int warp, int lane,
+                                              const int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
+  constexpr int kPitch = C::kPartialPitch;
+  const int copy = C::kDepthSplit ? warpgroup : 0;
+  const int first_feature = C::kDepthSplit ? 0 : warpgroup * C::kWarpgroupFeatures;
+#pragma unroll
+  for (int j = 0; j < C::kBlocks; ++j) {
+#pragma unroll
+    for (int i = 0; i < C::kTokens / 8; ++i) {
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int token = 8 * i + 2 * (lane % 4) + e;
+          const int feature = first_feature + 16 * (C::kBlocks * warp + j) + 8 * b + lane / 4;
+          asm volatile("st.shared.s32 [%0], %1;" ::"r"(partial + 4 * ((copy * C::kTokens + token) * kPitch + feature)),
+                       "r"(sums[j][4 * i + 2 * b + e])
+                       : "memory");
+        }
+      }
+    }
+  }
+}
+
+// Adds the partial sums of the cluster's blocks that share this tile; each block finishes its share of the output.
+// Called by the 256 consumer threads, after every block of the cluster has stored its sums.
+template <class C>
+__device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t partial, int token, int feature,
+                                            int block_rank, int thread) {
+  constexpr int kPitch = C::kPartialPitch;
+  constexpr int kVectors = C::kFeatures / 4;  // of four features, a token
+  const int split_rank = block_rank / p.multicast;
+  const int first_rank = block_rank - split_rank * p.multicast;
+  const int tokens = min(C::kTokens, p.num_tokens - token);
+
+  for (int v = split_rank * 256 + thread; v < tokens * kVectors; v += 256 * p.split) {
+    const int row = v / kVectors;
+    const int column = feature + 4 * (v % kVectors);
+    if (column >= p.out_features) continue;
+    const uint32_t local = partial + 4 * (row * kPitch + 4 * (v % kVectors));
+    int4 sum = {0, 0, 0, 0};
+    for (int rank = 0; rank < p.split; ++rank) {
+      const uint32_t remote = cluster_address(local, first_rank + rank * p.multicast);
+#pragma unroll
+      for (int copy = 0; copy < C::kSlices; ++copy) {
+        const int4 part = cluster_load(remote + copy * C::kTokens * kPitch * 4);
+        sum.x += part.x;
+        sum.y += part.y;
+        sum.z += part.z;
+        sum.w += part.w;
+      }
+    }
+    store_outputs(sum, p.token_scale[token + row], p.channel_scale, p.bias, p.output_pointer, token + row, column,
+                  p.out_features, p.output_is_bfloat16);
+  }
+}
+
+}  // namespace marlin_qqq::cuda::sm90

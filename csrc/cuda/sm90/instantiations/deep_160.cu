@@ -1,0 +1,5 @@
+#include "cuda/sm90/instantiate.cuh"
+
+MARLIN_QQQ_INSTANTIATE_SM90("deep160")
+MARLIN_QQQ_INSTANTIATE_SM90("deep176")
+MARLIN_QQQ_INSTANTIATE_SM90("deep192")

@@ -1,0 +1,5 @@
+#include "cuda/sm90/instantiate.cuh"
+
+MARLIN_QQQ_INSTANTIATE_SM90("deep96")
+MARLIN_QQQ_INSTANTIATE_SM90("deep128")
+MARLIN_QQQ_INSTANTIATE_SM90("deep144")

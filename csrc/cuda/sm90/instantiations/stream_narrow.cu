@@ -1,0 +1,5 @@
+#include "cuda/sm90/instantiate.cuh"
+
+MARLIN_QQQ_INSTANTIATE_SM90("stream8")
+MARLIN_QQQ_INSTANTIATE_SM90("stream16")
+MARLIN_QQQ_INSTANTIATE_SM90("stream24")

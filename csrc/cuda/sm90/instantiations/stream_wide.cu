@@ -1,0 +1,5 @@
+#include "cuda/sm90/instantiate.cuh"
+
+MARLIN_QQQ_INSTANTIATE_SM90("stream32")
+MARLIN_QQQ_INSTANTIATE_SM90("stream48")
+MARLIN_QQQ_INSTANTIATE_SM90("stream64")

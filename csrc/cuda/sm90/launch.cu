@@ -1,0 +1,112 @@
+#include "cuda/sm90/launch.h"
+
+#include <array>
+#include <utility>
+
+#include "cuda/common/shared_memory_limit.h"
+#include "cuda/common/tensor_map.h"
+#include "cuda/sm90/registry.h"
+
+namespace marlin_qqq::cuda::sm90 {
+namespace {
+
+template <int... kTileIndices>
+std::array<std::array<Kernel, 2>, sizeof...(kTileIndices)> make_kernels(
+    std::integer_sequence<int, kTileIndices...>) {
+  return {{{kernel_of<kTileIndices, false>(), kernel_of<kTileIndices, true>()}...}};
+}
+
+Kernel kernel_for(int tile, bool grouped) {
+  static const auto kernels = make_kernels(std::make_integer_sequence<int, plan::kSm90TileCount>());
+  return kernels[tile][grouped];
+}
+
+cudaError_t allow_shared_memory_of(int tile, bool grouped) {
+  static std::atomic<uint64_t> done[plan::kSm90TileCount][2];
+  return allow_shared_memory(done[tile][grouped], reinterpret_cast<const void*>(kernel_for(tile, grouped)),
+                             plan::kSm90Tiles[tile].shared_memory_bytes());
+}
+
+int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+}  // namespace
+
+cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const GemmArguments& arguments,
+                   cudaStream_t stream) {
+  const plan::Sm90Tile& tile = plan::kSm90Tiles[plan.tile];
+  const bool grouped = arguments.group_scale != nullptr;
+  const auto tokens = static_cast<uint64_t>(problem.num_tokens);
+  const auto features = static_cast<uint64_t>(problem.out_features);
+  const auto inputs = static_cast<uint64_t>(problem.in_features);
+
+  Parameters p = {};
+  cudaError_t error = encode_tensor_map(&p.activations, ElementType::kInt8, arguments.activations, tokens, inputs,
+                                        tile.tokens / plan.multicast, 128, /*swizzle=*/true);
+  if (error == cudaSuccess) {
+    error = encode_tensor_map(&p.weights, ElementType::kUInt32, arguments.packed_weight, inputs / 16, 2 * features,
+                              8 * tile.slices(), 256, /*swizzle=*/false);
+  }
+  if (error == cudaSuccess && grouped) {
+    error = encode_tensor_map(&p.group_scales, ElementType::kUInt16, arguments.group_scale, inputs / 128, features,
+                              tile.slices(), 128, /*swizzle=*/false);
+  }
+  const bool partial = tile.cooperation == plan::Cooperation::kDepth || plan.split > 1;
+  if (error == cudaSuccess && !partial) {
+    error = encode_tensor_map(&p.output, ElementType::kUInt16, arguments.output, tokens, features,
+                              tile.store_tokens(), 64, /*swizzle=*/true);
+  }
+  if (error == cudaSuccess) error = allow_shared_memory_of(plan.tile, grouped);
+  if (error != cudaSuccess) return error;
+
+  p.token_scale = arguments.token_scale;
+  p.channel_scale = arguments.channel_scale;
+  p.bias = arguments.bias;
+  p.output_pointer = arguments.output;
+  p.output_is_bfloat16 = arguments.output_type == OutputType::kBFloat16;
+  p.constant_weights = arguments.constant_weights;
+  p.num_tokens = static_cast<int>(problem.num_tokens);
+  p.out_features = static_cast<int>(problem.out_features);
+  p.stage_count = divide_up(problem.in_features, tile.depth());
+  p.token_tiles = divide_up(problem.num_tokens, tile.tokens);
+  p.feature_groups = divide_up(problem.out_features, tile.features() * plan.multicast);
+  p.token_group = 8;
+  p.split = plan.split;
+  p.multicast = plan.multicast;
+
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = plan.split * plan.multicast;
+  attributes[1].val.clusterDim.y = 1;
+  attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(plan.grid);
+  config.blockDim = dim3(plan.threads);
+  config.dynamicSmemBytes = tile.shared_memory_bytes();
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, kernel_for(plan.tile, grouped), p);
+}
+
+int max_active_clusters(int cluster_size) {
+  constexpr int kTile = plan::sm90_tile_index("deep256");
+  if (allow_shared_memory_of(kTile, true) != cudaSuccess) return 0;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster_size;
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(cluster_size);
+  config.blockDim = dim3(plan::kSm90Tiles[kTile].threads());
+  config.dynamicSmemBytes = plan::kSm90Tiles[kTile].shared_memory_bytes();
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel_for(kTile, true), &config) != cudaSuccess) return 0;
+  return clusters;
+}
+
+}  // namespace marlin_qqq::cuda::sm90

@@ -1,0 +1,40 @@
+// The planner's model of time, shared by the architectures. It ranks candidates; it does not predict a measurement.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "plan/plan.h"
+
+namespace marlin_qqq::plan {
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Cycles of one block for 128 inputs of its tile, by the unit that spends them; the units overlap.
+struct SliceCycles {
+  double tensor;   // matrix products
+  double dequant;  // instructions that make int8 operands
+  double feed;     // bytes into shared memory
+};
+
+// Overlapped units: the largest dominates, and the others show when they come close (a 4-norm; on an H200 it follows the
+// measured tensor rate of 64..256 tokens a tile within a few percent).
+inline double overlapped(const SliceCycles& c) {
+  return std::pow(std::pow(c.tensor, 4) + std::pow(c.dequant, 4) + std::pow(c.feed, 4), 0.25);
+}
+
+// Bytes that have to cross the memory bus at least once.
+inline double problem_bytes(const Problem& p) {
+  const double n = static_cast<double>(p.out_features);
+  const double k = static_cast<double>(p.in_features);
+  const double m = static_cast<double>(p.num_tokens);
+  return n * k / 2 + (p.group_size > 0 ? n * k / 64 : 0.0) + m * k + 2 * m * n;
+}
+
+inline double memory_us(const Problem& p, const DeviceProperties& d) {
+  // 94 % of the bus's rate is what a large read reaches (4.6 of 4.9 TB/s on an H200).
+  return problem_bytes(p) / (0.94 * d.memory_gb_per_s * 1e3);
+}
+
+}  // namespace marlin_qqq::plan

@@ -1,0 +1,16 @@
+// One function an architecture: its candidates for a problem, with estimated times, unsorted.
+#pragma once
+
+#include <vector>
+
+#include "plan/plan.h"
+
+namespace marlin_qqq::plan {
+
+std::vector<Plan> sm80_candidates(const Problem& problem, const DeviceProperties& device);
+std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties& device);
+
+// The largest problem the kernels' 32-bit coordinates take.
+inline constexpr int64_t kLargestExtent = int64_t{1} << 30;
+
+}  // namespace marlin_qqq::plan

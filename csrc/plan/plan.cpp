@@ -1,0 +1,114 @@
+#include "plan/plan.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <stdexcept>
+
+#include "plan/families.h"
+#include "plan/sm80_tiles.h"
+#include "plan/sm90_tiles.h"
+
+namespace marlin_qqq::plan {
+namespace {
+
+void check(const Problem& p) {
+  const auto refuse = [](const char* name, int64_t value, const char* allowed) {
+    throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + "; allowed: " + allowed);
+  };
+  if (p.num_tokens < 0 || p.num_tokens > kLargestExtent) refuse("num_tokens", p.num_tokens, "0 to 2^30");
+  if (p.out_features < 0 || p.out_features > kLargestExtent || p.out_features % 64 != 0) {
+    refuse("out_features", p.out_features, "multiples of 64 up to 2^30");
+  }
+  if (p.in_features < 0 || p.in_features >= 132104 || p.in_features % 128 != 0) {
+    refuse("in_features", p.in_features, "multiples of 128 below 132104 (larger sums would overflow int32)");
+  }
+  if (p.group_size != -1 && p.group_size != 128) refuse("group_size", p.group_size, "128, or -1 for per-channel");
+}
+
+Family family_of(const DeviceProperties& device, Family wanted) {
+  if (wanted == Family::kSm90 && device.compute_capability != 90) {
+    throw std::invalid_argument("the sm90 family runs on compute capability 9.0 only; this device has " +
+                                std::to_string(device.compute_capability / 10) + "." +
+                                std::to_string(device.compute_capability % 10));
+  }
+  if (wanted != Family::kNone) return wanted;
+  if (device.compute_capability < 80) {
+    throw std::invalid_argument("compute capability " + std::to_string(device.compute_capability / 10) + "." +
+                                std::to_string(device.compute_capability % 10) + " is too old; 8.0 and later are supported");
+  }
+  return device.compute_capability == 90 ? Family::kSm90 : Family::kSm80;
+}
+
+bool is_better(const Plan& a, const Plan& b) { return a.estimated_us < b.estimated_us; }
+
+}  // namespace
+
+std::vector<Plan> candidates(const Problem& problem, const DeviceProperties& device, Family family_override) {
+  check(problem);
+  if (problem.num_tokens == 0 || problem.out_features == 0 || problem.in_features == 0) return {};
+  std::vector<Plan> plans = family_of(device, family_override) == Family::kSm90 ? sm90_candidates(problem, device)
+                                                                                : sm80_candidates(problem, device);
+  std::stable_sort(plans.begin(), plans.end(), is_better);
+  return plans;
+}
+
+Plan make_plan(const Problem& problem, const DeviceProperties& device, const std::string& tile_override,
+               int split_override, Family family_override) {
+  // A tile's name says its family.
+  if (!tile_override.empty() && family_override == Family::kNone) {
+    for (const TileDescription& row : tile_table()) {
+      if (row.name == tile_override) family_override = row.family;
+    }
+  }
+  const std::vector<Plan> plans = candidates(problem, device, family_override);
+  if (problem.num_tokens == 0 || problem.out_features == 0 || problem.in_features == 0) return {};
+  for (const Plan& plan : plans) {
+    if (!tile_override.empty() && plan.tile_name != tile_override) continue;
+    if (split_override != 0 && plan.split != split_override) continue;
+    return plan;
+  }
+  throw std::invalid_argument("no tile named '" + tile_override + "' with split " + std::to_string(split_override) +
+                              " can run num_tokens " + std::to_string(problem.num_tokens) + ", out_features " +
+                              std::to_string(problem.out_features) + ", in_features " +
+                              std::to_string(problem.in_features) + " on compute capability " +
+                              std::to_string(device.compute_capability) + "; see tile_table()");
+}
+
+std::vector<TileDescription> tile_table() {
+  std::vector<TileDescription> rows;
+  for (const Sm80Tile& tile : kSm80Tiles) {
+    rows.push_back({Family::kSm80, std::string(tile.name), tile.tokens(), tile.features(), tile.stages, tile.threads()});
+  }
+  for (const Sm90Tile& tile : kSm90Tiles) {
+    rows.push_back({Family::kSm90, std::string(tile.name), tile.tokens, tile.features(), tile.stages, tile.threads()});
+  }
+  return rows;
+}
+
+DeviceProperties reference_device(const std::string& architecture) {
+  constexpr int64_t kMiB = 1 << 20;
+  if (architecture == "sm_80") return {80, 108, 40 * kMiB, 166912, 2039, 1.41};   // A100 80 GB
+  if (architecture == "sm_86") return {86, 84, 6 * kMiB, 101376, 768, 1.70};      // A40 / RTX 3090 class
+  if (architecture == "sm_89") return {89, 142, 96 * kMiB, 101376, 864, 2.49};    // L40S
+  if (architecture == "sm_90") return {90, 132, 50 * kMiB, 232448, 4917, 1.755};  // H200
+  if (architecture == "sm_120") return {120, 188, 128 * kMiB, 101376, 1792, 2.4};  // RTX PRO 6000
+  throw std::invalid_argument("device is '" + architecture + "'; allowed: sm_80, sm_86, sm_89, sm_90, sm_120");
+}
+
+const char* family_name(Family family) {
+  return family == Family::kSm80 ? "sm80" : family == Family::kSm90 ? "sm90" : "none";
+}
+
+std::string to_string(const Plan& plan) {
+  if (plan.family == Family::kNone) return "nothing to launch";
+  char text[256];
+  std::snprintf(text, sizeof(text),
+                "%s %s: tile %d tokens x %d features, %d stages, split %d, multicast %d, grid %d x %d threads, %d bytes of "
+                "shared memory, %lld bytes of scratch, estimated %.1f us",
+                family_name(plan.family), plan.tile_name.c_str(), plan.tile_tokens, plan.tile_features, plan.stages,
+                plan.split, plan.multicast, plan.grid, plan.threads, plan.shared_memory_bytes,
+                static_cast<long long>(plan.scratch_bytes), plan.estimated_us);
+  return text;
+}
+
+}  // namespace marlin_qqq::plan

@@ -1,0 +1,77 @@
+// What to launch: a problem and a device give a Plan. Pure host functions, no CUDA runtime and no torch,
+// so that the planner runs, prints and is tested on a machine without a GPU.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace marlin_qqq::plan {
+
+// One product: out[num_tokens, out_features] = activations[num_tokens, in_features] x weights.
+struct Problem {
+  int64_t num_tokens;
+  int64_t out_features;  // multiple of 64
+  int64_t in_features;   // multiple of 128
+  int group_size;        // 128, or -1: one scale an output channel only
+};
+
+// What the planner needs to know of a GPU (cudaDeviceProp's fields, in our words).
+struct DeviceProperties {
+  int compute_capability;      // 80, 86, 89, 90, 100, 120: major * 10 + minor
+  int num_sms;                 // multiprocessors
+  int64_t l2_bytes;            // L2 cache
+  int shared_memory_per_block; // bytes a block may opt in to
+  double memory_gb_per_s;      // DRAM bandwidth by its clock and width
+  double clock_ghz;            // multiprocessor clock
+};
+
+// The architecture's kernel family. kNone: nothing to launch (an empty problem).
+enum class Family { kNone, kSm80, kSm90 };
+
+// A launch, fully decided. `tile` is an index into the family's tile table (see tile_table()).
+struct Plan {
+  Family family = Family::kNone;
+  int tile = -1;
+  std::string tile_name;       // the table row's name, as MARLIN_QQQ_TILE accepts it
+  int tile_tokens = 0;         // tokens of one block's tile
+  int tile_features = 0;       // output features of one block's tile
+  int stages = 0;              // depth of the shared-memory pipeline
+  int split = 1;               // blocks that share one output tile, each with a slice of in_features
+  int multicast = 1;           // blocks of a cluster that share one activation tile (sm90)
+  int grid = 0;                // blocks
+  int threads = 0;             // threads a block
+  int shared_memory_bytes = 0; // dynamic shared memory a block
+  int64_t scratch_bytes = 0;   // device scratch the launch needs, uninitialised, 256-byte aligned
+  double estimated_us = 0.0;   // the cost model's time; only differences between candidates mean anything
+};
+
+struct TileDescription {
+  Family family;
+  std::string name;
+  int tile_tokens;
+  int tile_features;
+  int stages;
+  int threads;
+};
+
+// Picks the launch. `tile_override` (may be empty) forces a row of the table by name, `split_override` (0: none) the
+// split; both raise std::invalid_argument when the row does not exist or cannot run this problem.
+// `family_override`: kNone lets the device decide.
+Plan make_plan(const Problem& problem, const DeviceProperties& device, const std::string& tile_override = "",
+               int split_override = 0, Family family_override = Family::kNone);
+
+// Every candidate for this problem with its estimated time, best first (for `bench tune` and for tests).
+std::vector<Plan> candidates(const Problem& problem, const DeviceProperties& device,
+                             Family family_override = Family::kNone);
+
+std::vector<TileDescription> tile_table();
+
+// Properties of a named architecture, so that plans can be looked at without a GPU: "sm_80" (A100), "sm_86", "sm_89",
+// "sm_90" (H100/H200), "sm_120". Raises std::invalid_argument for other names.
+DeviceProperties reference_device(const std::string& architecture);
+
+const char* family_name(Family family);  // "none", "sm80", "sm90"
+std::string to_string(const Plan& plan); // one line
+
+}  // namespace marlin_qqq::plan
