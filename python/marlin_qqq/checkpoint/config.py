@@ -119,7 +119,7 @@ def parse_quantization_config(config: Mapping[str, Any], source: str = "quantiza
     if config.get("desc_act") is True and group_size != -1 and not _has_static_groups(config):
         raise CheckpointError(
             f"{source}: desc_act is true with group_size {group_size} and without static groups, so a weight's group "
-            "follows an order of the inputs that the QQQ format does not store; such a file cannot be computed correctly"
+            "follows an order of the inputs that the QQQ format does not store; it cannot be computed correctly"
         )
     return QuantizationSettings(
         group_size=group_size,
@@ -130,7 +130,7 @@ def parse_quantization_config(config: Mapping[str, Any], source: str = "quantiza
 
 
 def read_quantization_config(directory: str | os.PathLike[str]) -> QuantizationSettings:
-    """The settings of a QQQ folder: `quantization_config` of config.json, else quant_config.json or quantize_config.json.
+    """The settings of a QQQ folder: `quantization_config` in config.json, else a side file of older versions.
 
     Raises:
         CheckpointError: no such object, or one that `parse_quantization_config` refuses.

@@ -43,7 +43,8 @@ def write_checkpoint(
     """Writes a quantised model as a QQQ folder in HandH1998's layout. The folder appears complete or not at all.
 
     Args:
-        model: a module with QQQLinear layers (see `quantize_model`), or a state dict with `<module>.B`, `.s_channel`, `.s_group`.
+        model: a module with QQQLinear layers (see `quantize_model`), or a state dict with `<module>.B`, `.s_channel`
+            and `.s_group`.
         directory: the folder to make; it must not exist, or be empty.
         group_size: 128 or -1; None takes it from the model's QQQLinear layers.
         config: the model's configuration without quantization_config, as an object or a Transformers config; None takes
@@ -59,7 +60,7 @@ def write_checkpoint(
         CheckpointError: the folder exists, no configuration was found, or the tensors are no QQQ model.
 
     Example:
-        >>> write_checkpoint(quantize_model(model, group_size=128), "TinyLlama-QQQ", source="TinyLlama")  # doctest: +SKIP
+        >>> write_checkpoint(quantize_model(model, 128), "TinyLlama-QQQ", source="TinyLlama")  # doctest: +SKIP
     """
     target = Path(directory)
     refuse_existing(target)
@@ -118,9 +119,18 @@ def load_quantized_model(
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # Older folders keep the settings in a side file, which Transformers does not look at.
     config.quantization_config = checkpoint.settings.to_dict()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors of the model, such as {missing[0]}")
     return model.to(device).eval()
 
 

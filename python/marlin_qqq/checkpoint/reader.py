@@ -46,7 +46,7 @@ class LoadedModule:
 
 
 class Checkpoint:
-    """A QQQ checkpoint folder of either flavour, checked as far as configuration and headers go; values are read on demand.
+    """A QQQ folder of either flavour, checked as far as configuration and headers go; values are read on demand.
 
     Args:
         directory: a folder with config.json (or quant_config.json, quantize_config.json) and safetensors files.
@@ -65,9 +65,7 @@ class Checkpoint:
         self.folder = TensorFolder(directory)
         self.modules = find_quantized_modules(self.folder.tensors, self.settings)
         if not self.modules:
-            raise CheckpointError(
-                f"{self.folder.directory} has no quantised module (no tensor named <module>.{PACKED})"
-            )
+            raise CheckpointError(f"{self.folder.directory} has no quantised module (no <module>.{PACKED})")
 
     def read(self, name: str) -> LoadedModule:
         """Reads, checks and repairs one quantised module."""
@@ -91,7 +89,7 @@ class Checkpoint:
 def check_values(
     name: str, packed: torch.Tensor, channel_scale: torch.Tensor, group_scale: torch.Tensor, bias: torch.Tensor | None
 ) -> LoadedModule:
-    """Refuses values that are NaN or infinite, and repairs columns whose products leave the int8 range (one log line)."""
+    """Refuses NaN and infinite values, and repairs columns whose products leave the int8 range (one log line)."""
     if bias is not None and not bool(torch.isfinite(bias).all()):
         raise CheckpointError(f"{name}.{BIAS} holds {int((~torch.isfinite(bias)).sum())} NaN or infinite values")
     try:
@@ -110,7 +108,7 @@ def find_quantized_modules(
     """The quantised modules that headers describe, in natural order of their names.
 
     Raises:
-        CheckpointError: a tensor with a wrong shape or dtype, one that is missing, or a group size that is not the config's.
+        CheckpointError: a tensor has a wrong shape or dtype or is missing, or the group size is not the config's.
     """
     names = sorted((name[: -len(PACKED) - 1] for name in tensors if name.endswith("." + PACKED)), key=natural_key)
     modules = {name: _describe(name, tensors, settings) for name in names}

@@ -1,7 +1,7 @@
 """Reading tensors of an untrusted folder: safetensors only, one file or shards with an index.
 
-The safetensors library checks a file's header (size, JSON, offsets that cover the data without gaps or overlaps). What is
-checked here is the folder: regular files, shard names that stay inside, an index and shards that agree, no pickles.
+The safetensors library checks a file's header (size, JSON, offsets that cover the data without gaps or overlaps). What
+is checked here is the folder: regular files, shard names that stay inside, an index and shards that agree, no pickles.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _missing_weights_message(directory: Path) -> str:
     pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if pickles:
         return (
-            f"{directory} has no {SINGLE_FILE} or {INDEX_FILE}, only pickled files ({', '.join(pickles[:3])}): a pickle can "
-            "run code when it is loaded and is never opened here; save the model as safetensors first"
+            f"{directory} has no {SINGLE_FILE} or {INDEX_FILE}, only pickled files ({', '.join(pickles[:3])}): "
+            "a pickle can run code when it is loaded and is never opened here; save the model as safetensors first"
         )
     return f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE}"

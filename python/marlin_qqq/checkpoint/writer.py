@@ -1,6 +1,6 @@
 """Writing a checkpoint folder: shards planned from sizes, each file written under a temporary name and renamed.
 
-The folder itself is written as `<name>.partial` and renamed when everything is in it, so `<name>` is never half a model.
+The folder itself is written as `<name>.partial` and renamed when it is complete, so `<name>` is never half a model.
 """
 
 from __future__ import annotations

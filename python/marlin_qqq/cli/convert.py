@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,20 +12,26 @@ if TYPE_CHECKING:
 
 
 def command(
-    source: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors: fp16, bf16, fp32, GPTQ int4 or QQQ.")],
+    source: Annotated[
+        Path, typer.Argument(help="Folder with config.json and safetensors: fp16, bf16, fp32, GPTQ int4 or QQQ.")
+    ],
     destination: Annotated[Path, typer.Argument(help="Folder to make. Nothing is overwritten.")],
     group_size: Annotated[
-        Optional[int], typer.Option(help="128, or -1 for one scale a channel. Default: 128, or the source's own groups.")
+        int | None,
+        typer.Option(help="128, or -1 for one scale a channel. Default: 128, or the source's own groups."),
     ] = None,
     method: Annotated[str, typer.Option(help="rtn (round to nearest) or gptq (needs --calibration).")] = "rtn",
     clip: Annotated[
         bool, typer.Option(help="Search scales that clip the largest weights for less squared error.")
     ] = True,
-    calibration: Annotated[Optional[Path], typer.Option(help="UTF-8 text for gptq, like what the model will read.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="UTF-8 text for gptq, like what the model will read.")
+    ] = None,
     calibration_samples: Annotated[int, typer.Option(help="Sequences of the calibration text.")] = 128,
     calibration_length: Annotated[int, typer.Option(help="Tokens a calibration sequence.")] = 512,
     skip: Annotated[
-        Optional[list[str]], typer.Option(help="Module to leave as it is, besides lm_head: a name or dotted part of one.")
+        list[str] | None,
+        typer.Option(help="Module to leave as it is, besides lm_head: a name or dotted part of one."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of what is not quantised: auto, float16 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="Where quantisation computes: cpu or cuda.")] = "cpu",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.convert.source import Source, build_empty_model, decoder_layer_of
+from marlin_qqq.model_folder import load_tokenizer, read_tokens
 from marlin_qqq.quantization import HessianAccumulator
 
 
@@ -24,17 +25,7 @@ def calibration_tokens(source: Path, text_file: Path, num_samples: int, sequence
     Raises:
         CheckpointError: no tokenizer in the source, the file is not UTF-8 text, or it has no complete sequence.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        text = text_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"calibration file {text_file} is not readable UTF-8 text: {error}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # Transformers raises all kinds of exceptions on a missing or broken tokenizer
-        raise CheckpointError(f"{source} has no tokenizer that Transformers can load: {error}") from error
-    tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+    tokens = read_tokens(load_tokenizer(source), text_file)
     available = tokens.numel() // sequence_length
     if available == 0:
         raise CheckpointError(
@@ -141,7 +132,9 @@ class BlockwiseCalibration:
             handle.remove()
         missing = [layer for layer in layers if layer not in shared]
         if missing:
-            raise CheckpointError(f"{missing[0]} was not run by its block, so it has no Hessian; skip it or use method rtn")
+            raise CheckpointError(
+                f"{missing[0]} was not run by its block, so it has no Hessian; skip it or use method rtn"
+            )
         self.hessians = {layer: accumulators[shared[layer]].hessian for layer in layers}
 
     def _run_block(self, index: int) -> Tensor:
@@ -163,7 +156,9 @@ class BlockwiseCalibration:
             def forward(hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
                 if not calls:
                     first_input.append(hidden_states)
-                calls.append((arguments, keywords | ({"past_key_values": None} if "past_key_values" in keywords else {})))
+                calls.append(
+                    (arguments, keywords | ({"past_key_values": None} if "past_key_values" in keywords else {}))
+                )
                 return hidden_states
 
             return forward
@@ -205,7 +200,9 @@ class BlockwiseCalibration:
         try:
             built = type(module)(self.model.config)
         except Exception as error:
-            raise CheckpointError(f"{prefix} ({type(module).__name__}) has buffers that cannot be rebuilt: {error}") from error
+            raise CheckpointError(
+                f"{prefix} ({type(module).__name__}) has buffers that cannot be rebuilt: {error}"
+            ) from error
         for key, buffer in built._buffers.items():
             module._buffers[key] = None if buffer is None else buffer.to(self.device)
         for key, value in vars(built).items():

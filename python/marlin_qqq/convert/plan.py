@@ -66,8 +66,14 @@ class ConversionOptions:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """A conversion, decided but not begun. `units`: what is produced together (a layer or a copied tensor) -> its tensors
-    (name -> (dtype, shape)), in the order of the output."""
+    """A conversion, decided but not begun.
+
+    Attributes:
+        settings: the output's quantization_config.
+        dtype: of copied tensors.
+        units: what is produced together (a layer or a copied tensor) -> its tensors, in the order of the output.
+        shards: the output's files; `tensors` holds names of units.
+    """
 
     source: Source
     destination: Path
@@ -87,7 +93,7 @@ class ConversionPlan:
 
     @property
     def working_bytes(self) -> int:
-        """An estimate of the memory beyond the interpreter's: the largest shard, and a layer in fp32 some times over."""
+        """An estimate of the memory beyond the interpreter's: the largest shard, and a layer in fp32 a few times."""
         largest = max(layer.in_features * layer.out_features for layer in self.source.layers.values())
         working = max(shard.num_bytes for shard in self.shards) + 5 * 4 * largest
         if self.options.method == "gptq":
@@ -131,7 +137,8 @@ def plan_conversion(source: Path, destination: Path, options: ConversionOptions)
     if opened.group_size is not None:
         if group_size != opened.group_size:
             raise CheckpointError(
-                f"group_size is {group_size}, but the {opened.kind} source has {opened.group_size}: its codes keep their groups"
+                f"group_size is {group_size}, but the {opened.kind} source has {opened.group_size}, and its codes keep "
+                "their groups"
             )
         if options.method == "gptq":
             raise CheckpointError(

@@ -57,7 +57,9 @@ class ConversionResult:
     peak_bytes: int
 
 
-def run_conversion(plan: ConversionPlan, *, restart: bool = False, progress: Progress | None = None) -> ConversionResult:
+def run_conversion(
+    plan: ConversionPlan, *, restart: bool = False, progress: Progress | None = None
+) -> ConversionResult:
     """Writes what `plan` says. An interrupted run leaves `<destination>.partial`; the same call goes on from there.
 
     Args:
@@ -134,7 +136,9 @@ class _Producer:
         tensors = {unit: self._copied(unit, expected[unit][0])} if layer is None else self._layer(layer)
         for name, (dtype, shape) in expected.items():
             if tensors[name].dtype != dtype or tuple(tensors[name].shape) != shape:
-                raise AssertionError(f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}, planned {dtype} {shape}")
+                raise AssertionError(
+                    f"{name} is {tensors[name].dtype} {list(tensors[name].shape)}, planned {dtype} {shape}"
+                )
         return tensors
 
     def _copied(self, name: str, dtype: torch.dtype) -> Tensor:
@@ -143,7 +147,9 @@ class _Producer:
             return tensor
         converted = tensor.to(dtype)
         if not bool(torch.isfinite(converted).all()) and bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{name} has values up to {tensor.abs().max():.4g}, beyond {dtype}: use dtype bfloat16")
+            raise CheckpointError(
+                f"{name} has values up to {tensor.abs().max():.4g}, beyond {dtype}: use dtype bfloat16"
+            )
         return converted
 
     def _layer(self, layer: LinearLayer) -> dict[str, Tensor]:
@@ -242,11 +248,14 @@ def _claim(folder: Path, plan: ConversionPlan) -> Iterator[None]:
         if state_path.exists():
             if read_json_object(state_path).get("fingerprint") != fingerprint:
                 raise CheckpointError(
-                    f"{folder} holds an unfinished conversion of another source or with other options; remove it or restart"
+                    f"{folder} holds an unfinished conversion of another source or with other options; remove it, or "
+                    "pass restart"
                 )
             logger.info("going on with the unfinished conversion in %s", folder)
         elif any(folder.iterdir()):
-            raise CheckpointError(f"{folder} exists and is no unfinished conversion; remove it or name another destination")
+            raise CheckpointError(
+                f"{folder} exists and is no unfinished conversion; remove it or name another destination"
+            )
         else:
             write_json(state_path, {"fingerprint": fingerprint})
         for leftover in folder.glob("*.tmp"):

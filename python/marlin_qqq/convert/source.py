@@ -62,7 +62,9 @@ class Source:
         """How a GPTQ source stores its zeros."""
         name = self.quantization_config.get("checkpoint_format") or self.quantization_config.get("format") or "gptq"
         if name not in ("gptq", "gptq_v2"):
-            raise CheckpointError(f"{self.directory}: GPTQ checkpoint_format {name!r}; 'gptq' and 'gptq_v2' are convertible")
+            raise CheckpointError(
+                f"{self.directory}: GPTQ checkpoint_format {name!r}; 'gptq' and 'gptq_v2' are convertible"
+            )
         return name
 
 
@@ -74,8 +76,8 @@ def open_source(directory: Path, skip: Iterable[str] = ("lm_head",)) -> Source:
         skip: modules to leave as they are: names, or dotted parts of names ("lm_head", "layers.0", "down_proj").
 
     Raises:
-        CheckpointError: no config, no safetensors, another quantisation method, or an architecture that Transformers does
-            not know.
+        CheckpointError: no config, no safetensors, another quantisation method, or an architecture that Transformers
+            does not know.
     """
     config = read_json_object(directory / "config.json")
     quantization = config.pop("quantization_config", None)
@@ -143,10 +145,11 @@ def _gptq_source(
             )
         in_features, out_features = shape[0] * 8, shape[1]
         parts = {part: f"{name}.{part}" for part in (*GPTQ_PARTS, "bias") if f"{name}.{part}" in folder}
-        if _reason_to_skip(name, in_features, out_features, skip) or "scales" not in parts or "qzeros" not in parts:
-            raise CheckpointError(
-                f"{name} cannot be converted from GPTQ: {_reason_to_skip(name, in_features, out_features, skip) or 'scales or qzeros is missing'}"
-            )
+        reason = _reason_to_skip(name, in_features, out_features, skip)
+        if reason is None and not {"scales", "qzeros"} <= parts.keys():
+            reason = "scales or qzeros is missing"
+        if reason is not None:
+            raise CheckpointError(f"{name} is GPTQ in the files and cannot stay so: {reason}")
         layers[name] = LinearLayer(name, in_features, out_features, parts)
     return _finish(Source(directory, "gptq", config, folder, layers, skipped, [], int(group_size), quantization))
 
@@ -187,11 +190,10 @@ def build_empty_model(config: Mapping[str, Any], directory: Path) -> Any:
         parsed = AutoConfig.for_model(**config)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(parsed, trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # a config is untrusted input and Transformers raises all kinds of exceptions on a bad one
+    except Exception as error:  # Transformers raises all kinds of exceptions on a config that lies
         raise CheckpointError(
-            f"{directory}/config.json: Transformers cannot build a causal language model of model_type {model_type!r}: {error}"
+            f"{directory}/config.json: Transformers cannot build a causal language model of model_type "
+            f"{model_type!r}: {error}"
         ) from error
 
 
@@ -207,8 +209,8 @@ def _reason_to_skip(name: str, in_features: int, out_features: int, skip: tuple[
             return f"named by skip ({part})"
     if in_features % IN_FEATURES_MULTIPLE or out_features % OUT_FEATURES_MULTIPLE:
         return (
-            f"[{out_features}, {in_features}]: out_features must be a multiple of {OUT_FEATURES_MULTIPLE} and in_features "
-            f"of {IN_FEATURES_MULTIPLE}"
+            f"[{out_features}, {in_features}]: out_features must be a multiple of {OUT_FEATURES_MULTIPLE}, "
+            f"in_features of {IN_FEATURES_MULTIPLE}"
         )
     return None
 

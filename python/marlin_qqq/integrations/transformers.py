@@ -1,27 +1,26 @@
 """Transformers plug-in: after `enable_transformers()`, `from_pretrained` and `save_pretrained` know QQQ checkpoints.
 
-Only translation happens here: the layer is `QQQLinear`, the checks are `marlin_qqq.checkpoint`, the arithmetic is the op.
+Only translation happens here: the layer is `QQQLinear`, the checks are `checkpoint`'s, the arithmetic the op's.
 Transformers looks a quantisation method up by name and only warns when it does not know it, so this must run first.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils.quantization_config import QuantizationConfigMixin
-
 from marlin_qqq.checkpoint.config import QUANT_METHOD, QuantizationSettings, parse_quantization_config
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.reader import GROUP_SCALE, QuantizedModule, check_values, find_quantized_modules
 from marlin_qqq.checkpoint.tensors import TensorInfo, read_header
 from marlin_qqq.linear import QQQLinear
 from marlin_qqq.ops import make_workspace
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +31,14 @@ class QQQConfig(QuantizationConfigMixin):
     Args:
         group_size: 128 or -1.
         modules_to_not_convert: module names that stay unquantised; None means the output embeddings.
-        **fields: what either flavour's configuration holds besides (`wbits`, `bits`, `desc_act`, ...); checked, not kept.
+        **fields: what else a flavour's configuration holds (`wbits`, `bits`, `desc_act`, ...); checked, not kept.
 
     Raises:
         CheckpointError: a configuration that cannot be computed correctly.
 
     Example:
-        >>> AutoModelForCausalLM.from_pretrained("TinyLlama", quantization_config=QQQConfig(group_size=128))  # doctest: +SKIP
+        >>> config = QQQConfig(group_size=128)
+        >>> AutoModelForCausalLM.from_pretrained("TinyLlama", quantization_config=config)  # doctest: +SKIP
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class QQQQuantizer(HfQuantizer):
         if not modules:
             raise CheckpointError("quant_method is 'qqq', but the files hold no quantised module (no <module>.B)")
         replaced = replace_linear_layers(model, modules.values())
+        _check_shapes(model, infos)
         logger.info("%d linear layers replaced by QQQLinear", replaced)
         # Per-channel files may leave the empty group scales out (HandH1998/QQQ does) or hold them (GPTQModel does).
         for attribute in ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected"):
@@ -88,7 +89,7 @@ class QQQQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
         if not self.pre_quantized:
-            from marlin_qqq.quantization import quantize_model
+            from marlin_qqq import quantize_model
 
             settings = self.quantization_config.settings
             return quantize_model(model, group_size=settings.group_size, skip=settings.modules_to_not_convert)
@@ -128,7 +129,7 @@ def enable_transformers() -> None:
 
 
 def mark_quantized(model: torch.nn.Module, settings: QuantizationSettings) -> None:
-    """Gives a Transformers model whose layers were replaced in memory what `save_pretrained` needs to write a QQQ folder."""
+    """Gives a model whose layers were replaced in memory what `save_pretrained` needs to write a QQQ folder."""
     config = QQQConfig(settings.group_size, settings.modules_to_not_convert)
     model.config.quantization_config = config
     model.hf_quantizer = QQQQuantizer(config, pre_quantized=True)
@@ -183,6 +184,17 @@ def _read_headers(checkpoint_files: Iterable[str] | None) -> dict[str, TensorInf
             )
         infos.update((info.name, info) for info in read_header(Path(file)))
     return infos
+
+
+def _check_shapes(model: torch.nn.Module, infos: Mapping[str, TensorInfo]) -> None:
+    """Transformers does not compare shapes when a quantiser is at work: a lie would reach the forward pass."""
+    expected = model.state_dict()
+    prefix = getattr(model, "base_model_prefix", "")
+    for info in infos.values():
+        for name in (info.name, info.name.removeprefix(f"{prefix}."), f"{prefix}.{info.name}"):
+            if name in expected and expected[name].numel() and tuple(expected[name].shape) != info.shape:
+                needed = list(expected[name].shape)
+                raise CheckpointError(f"{info.name} of {info.file} has shape {list(info.shape)}; {needed} is needed")
 
 
 def _module_path(model: torch.nn.Module, name: str, prefix: str) -> str | None:
