@@ -1,0 +1,141 @@
+"""Our own op, in variants: ``constant_weights``, a forced kernel family, tile or split."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from marlin_qqq.bench.implementations.base import Bound, Context, Implementation, Unavailable
+from marlin_qqq.bench.inputs import Activations
+from marlin_qqq.bench.problem import GemmProblem
+from marlin_qqq.bench.results import OURS
+
+DEFAULT_VARIANT = "default"
+
+
+def parse_variant(text: str) -> tuple[bool, dict[str, str]]:
+    """``"constant+tile:NAME"`` as (constant_weights, environment variables).
+
+    Parts, joined by ``+``: ``default``, ``constant`` (constant_weights=True, as the linear layer calls the op),
+    ``sm80`` or ``sm90`` (the kernel family), ``tile:NAME``, ``split:COUNT``. Raises ValueError for anything else.
+    """
+    constant, environment = False, {}
+    for part in text.split("+"):
+        key, _, value = part.strip().partition(":")
+        if key == DEFAULT_VARIANT and not value:
+            continue
+        if key == "constant" and not value:
+            constant = True
+        elif key in ("sm80", "sm90") and not value:
+            environment["MARLIN_QQQ_FAMILY"] = key
+        elif key == "tile" and value:
+            environment["MARLIN_QQQ_TILE"] = value
+        elif key == "split" and value.isdigit():
+            environment["MARLIN_QQQ_SPLIT"] = value
+        else:
+            raise ValueError(
+                f"unknown variant {text!r}; parts, joined by '+': default, constant, sm80, sm90, tile:NAME, split:COUNT"
+            )
+    return constant, environment
+
+
+@contextlib.contextmanager
+def overridden_environment(values: dict[str, str]) -> Iterator[None]:
+    """Sets environment variables for a stretch of code and puts the old values back."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class MarlinGemm(Implementation):
+    """``torch.ops.marlin_qqq.marlin_qqq_gemm``, called directly with arguments made beforehand."""
+
+    def __init__(self, variant: str, group_size: int) -> None:
+        self.constant_weights, self.environment = parse_variant(variant)
+        self.name = OURS if variant == DEFAULT_VARIANT else f"{OURS}:{variant}"
+        self.group_size: int = group_size
+
+    def available(self, context: Context) -> None:
+        import marlin_qqq.ops  # noqa: F401  registers the ops
+        from marlin_qqq import _library
+
+        if context.device.startswith("cuda") and _library.cuda_unavailable_reason is not None:
+            raise Unavailable(_library.cuda_unavailable_reason)
+
+    def load(self, problem: GemmProblem, context: Context) -> None:
+        context.packed_weights(self.with_group(problem))
+
+    def bind(self, problem: GemmProblem, activations: Activations, context: Context) -> Bound:
+        import torch
+
+        import marlin_qqq
+
+        problem = self.with_group(problem)
+        weights = context.packed_weights(problem)
+        bias = context.bias(problem.out_features)
+        workspace = marlin_qqq.make_workspace(problem.out_features, context.device)
+        op = torch.ops.marlin_qqq.marlin_qqq_gemm.default
+        arguments = [
+            (
+                activations.quantized[index % activations.copies],
+                weights.packed[index % weights.copies],
+                activations.token_scale[index % activations.copies],
+                weights.channel_scale[index % weights.copies],
+                weights.group_scale[index % weights.copies],
+                workspace,
+                problem.num_tokens,
+                problem.out_features,
+                problem.in_features,
+            )
+            for index in range(weights.copies * activations.copies)
+        ]
+        keywords = {"bias": bias, "out_dtype": context.dtype, "constant_weights": self.constant_weights}
+
+        def run(index: int) -> torch.Tensor:
+            return op(*arguments[index % len(arguments)], **keywords)
+
+        def run_overridden(index: int) -> torch.Tensor:
+            with overridden_environment(self.environment):
+                return run(index)
+
+        launch = run_overridden if self.environment else run
+        try:
+            launch(0)
+        except (RuntimeError, ValueError) as error:
+            if not self.environment:
+                raise
+            raise Unavailable(str(error).splitlines()[0]) from None
+        reference = context.reference(problem, activations)
+        return Bound(
+            launch=launch,
+            check=reference.compare,
+            bytes_moved=problem.bytes_moved,
+            operations=problem.operations,
+            extra=_plan_of(problem, context) if not self.environment else {},
+        )
+
+
+def _plan_of(problem: GemmProblem, context: Context) -> dict[str, str]:
+    """The planner's choice as text, where the planner knows the device's architecture."""
+    if not context.device.startswith("cuda"):
+        return {}
+    import torch
+
+    import marlin_qqq
+
+    major, minor = torch.cuda.get_device_capability(context.device)
+    try:
+        plan = marlin_qqq.plan(
+            problem.num_tokens, problem.out_features, problem.in_features, problem.group_size, f"sm_{major}{minor}"
+        )
+    except (AttributeError, RuntimeError, ValueError):  # no introspection in this build, or another architecture
+        return {}
+    return {"plan": str(plan)}

@@ -1,0 +1,73 @@
+"""What a finished run leaves: tables on the terminal, files where they were asked for, and the exit code."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from marlin_qqq.bench.results import Run, write_text_atomically
+from marlin_qqq.bench.tables import footnotes, measurement_table
+
+# Columns are never dropped: where the output is no terminal (a log, a file) the table gets the width it needs.
+WIDTH_OF_A_LOG = 200
+
+
+def make_console(stderr: bool = False) -> Console:
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=WIDTH_OF_A_LOG)
+
+
+@contextlib.contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
+    """A live bar on stderr; yields a function that names the next of ``total`` steps."""
+    console = make_console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=total)
+        started = False
+
+        def step(message: str) -> None:
+            nonlocal started
+            progress.update(task, description=message, advance=1 if started else 0)
+            started = True
+
+        yield step
+
+
+def write_files(run: Run, json_path: Path | None, csv_path: Path | None, plot_folder: Path | None) -> list[Path]:
+    """Writes what was asked for; returns the files written."""
+    written = []
+    if json_path is not None:
+        write_text_atomically(json_path, run.to_json())
+        written.append(json_path)
+    if csv_path is not None:
+        write_text_atomically(csv_path, run.to_csv())
+        written.append(csv_path)
+    if plot_folder is not None:
+        from marlin_qqq.bench.plots import plot_run
+
+        written += plot_run(run, plot_folder)
+    return written
+
+
+def show(run: Run, console: Console) -> None:
+    """The run's table with its footnotes."""
+    console.print(measurement_table(run))
+    for line in footnotes(run):
+        console.print(line, style="dim", highlight=False)
+
+
+def exit_code(run: Run) -> int:
+    """1 when any result was wrong, ours or a baseline's, or when none of our measurements came about."""
+    measured = any(m.median_us for m in run.measurements)
+    return 1 if run.num_wrong or not measured else 0
