@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import reference
 import torch
 
+import marlin_qqq
 from marlin_qqq import make_workspace, marlin_qqq_gemm, quantize_per_token
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 GROUP_SIZES = [128, -1]
 ops = torch.ops.marlin_qqq
+PACKAGE = str(Path(marlin_qqq.__file__).parents[1])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -63,18 +66,27 @@ def test_fakes_have_the_real_shapes():
         assert (meta.shape, meta.dtype) == (real.shape, real.dtype)
 
 
+class Layer(torch.nn.Module):
+    """A quantised layer between two pointwise operations, with the tensors as buffers, as modules hold them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        problem = reference.random_problem(1, 128, 256, 128)
+        for name in ("b_q_weight", "s_ch", "s_group", "workspace"):
+            self.register_buffer(name, getattr(problem, name))
+        self.register_buffer("bias", torch.randn(128).half())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, s_tok = quantize_per_token(x * 2)
+        arguments = (a, self.b_q_weight, s_tok, self.s_ch, self.s_group, self.workspace)
+        return marlin_qqq_gemm(*arguments, x.shape[0], 128, 256, bias=self.bias) + 1
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_without_recompiles(device, backend):
     """One graph for every number of tokens, with no break, in either mode."""
-    problem = reference.random_problem(1, 128, 256, 128).to(device)
-    bias = torch.randn(128, device=device).half()
-
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        a, s_tok = quantize_per_token(x * 2)
-        arguments = (a, problem.b_q_weight, s_tok, problem.s_ch, problem.s_group, problem.workspace)
-        return marlin_qqq_gemm(*arguments, x.shape[0], 128, 256, bias=bias) + 1
-
+    layer = Layer().to(device)
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -87,10 +99,10 @@ def test_importing_either_way_registers_the_ops():
     """Documented: with the first use of a name, or at once where torch is there already; __init__ alone loads no torch."""
     for code in (
         "import torch, marlin_qqq; torch.ops.marlin_qqq.marlin_qqq_gemm",
-        "import marlin_qqq, torch; marlin_qqq.pack_weight; torch.ops.marlin_qqq.pack_weight",
-        "import marlin_qqq, sys; assert 'torch' not in sys.modules",
+        "import marlin_qqq, sys; assert 'torch' not in sys.modules; marlin_qqq.pack_weight; import torch; "
+        "torch.ops.marlin_qqq.pack_weight",
     ):
-        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": "python"})
+        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": PACKAGE})
 
 
 # CUDA: graphs, streams, devices

@@ -1,0 +1,92 @@
+# Every target does its own set-up from a fresh clone (python3 >= 3.10, a C++ compiler, make, network) and skips what is
+# done. Variables: PYTHON=python3  TORCH=2.11.0  CMAKE_ARGS="-DMARLIN_QQQ_CUDA=OFF"  MAX_JOBS=2  PYTEST_ARGS="-x"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.11.0
+VENV_NEWEST ?= .venv-newest
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+PY_NEWEST := $(VENV_NEWEST)/bin/python
+BUILD = build/cmake-$(shell $(PY) -c 'import sys; print(sys.implementation.cache_tag)')
+CPP_SOURCES = git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.h' 'tests/cpp/*.cc'
+export CMAKE_ARGS := -DMARLIN_QQQ_BUILD_TESTS=ON $(CMAKE_ARGS)
+export MAX_JOBS
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+# What depends on torch's binary interface: these run on every torch with the same libraries.
+ABI_TESTS := tests/python/test_ops.py tests/python/test_ops_arguments.py tests/python/test_ops_torch.py
+
+.PHONY: help demo test test-cpp test-python test-gpu test-abi test-vllm lint ptxas build format wheel clean
+
+help:
+	@echo "make demo       quantise a language model and run it through the ops"
+	@echo "make test       lint, C++ tests, Python tests"
+	@echo "make test-gpu   the tests that need a CUDA GPU"
+	@echo "make test-abi   one build of the ops against torch $(TORCH) and the newest torch"
+	@echo "make test-vllm  the plug-in inside vLLM's engine, on the CPU"
+	@echo "make lint       formatters, linters, types, register spills"
+	@echo "make build      environment in $(VENV), libraries in python/marlin_qqq"
+
+# Set-up
+
+$(VENV)/.ready: pyproject.toml scripts/bootstrap.py
+	$(PYTHON) scripts/bootstrap.py $(VENV) --editable dev torch==$(TORCH)
+	@touch $@
+
+build: $(VENV)/.ready
+	@$(PY) -W ignore setup.py -q build_ext --inplace
+
+$(VENV_NEWEST)/.ready: scripts/bootstrap.py
+	$(PYTHON) scripts/bootstrap.py $(VENV_NEWEST) torch pytest hypothesis numpy
+	@touch $@
+
+# Use
+
+demo: build
+	$(VENV)/bin/marlin-qqq demo
+
+# Tests
+
+test: build
+	@$(MAKE) --no-print-directory lint test-cpp test-python
+
+test-cpp: build
+	ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
+
+test-python: build
+	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+test-gpu: build
+	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
+
+test-abi: build $(VENV_NEWEST)/.ready
+	@sha256sum python/marlin_qqq/libmarlin_qqq*.so
+	$(PY) -m pytest $(ABI_TESTS) $(PYTEST_ARGS)
+	$(PY_NEWEST) -m pytest $(ABI_TESTS) $(PYTEST_ARGS)
+	@sha256sum python/marlin_qqq/libmarlin_qqq*.so
+
+test-vllm: build
+	scripts/test_vllm.sh
+
+lint: build ptxas
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(CPP_SOURCES) | xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+# Spills and warnings in what ptxas said; nothing to do in a CPU build.
+ptxas: build
+	$(PY) scripts/check_ptxas.py $(BUILD)
+
+format: $(VENV)/.ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(CPP_SOURCES) | xargs $(VENV)/bin/clang-format -i
+
+wheel: $(VENV)/.ready
+	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist python/marlin_qqq/*.so python/*.egg-info
