@@ -136,8 +136,7 @@ struct Gemm {
 
   WeightSlice slice_of(int64_t block, int64_t k, int64_t depth) const {
     const int64_t words_per_row = 2 * out_features;
-    const int32_t* packed =
-        packed_weight + k / format::kTileInFeatures * words_per_row + block * format::kWordsPerTile;
+    const int32_t* packed = packed_weight + k / format::kTileInFeatures * words_per_row + block * format::kWordsPerTile;
     const uint16_t* scale =
         group_scale == nullptr ? nullptr : group_scale + k / format::kGroupSize * out_features + block * kBlockColumns;
     return {packed, words_per_row, scale, out_features, depth};

@@ -1,7 +1,8 @@
 // AVX2 and AVX-VNNI backends.
 //
 // AVX2's byte multiplier saturates, so AVX2 widens both sides to 16 bits and uses vpmaddwd, which is exact. AVX-VNNI
-// has vpdpbusd, which is exact too: weights unsigned as W8 + 128, activations signed, sums from -128 * sum(activations).
+// has vpdpbusd, which is exact too: weights unsigned as W8 + 128, activations signed, sums from -128 *
+// sum(activations).
 //
 // A vector holds 16 (bytes) or 8 (16 bits) successive k of two columns, one a lane. Vectors go in bundles of four:
 // bundle (b, h, p) vector i: columns 16 * p + 8 * b + 4 * h + i and, in the upper lane, 32 more. Sums: natural order.
@@ -32,8 +33,7 @@ struct ColumnWords {
 };
 TARGET inline ColumnWords load_column(const int32_t* words) {
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  const __m256i low =
-      _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words)), order);
+  const __m256i low = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words)), order);
   const __m256i high =
       _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + 8)), order);
   return {{_mm256_unpacklo_epi64(low, high), _mm256_unpackhi_epi64(low, high)}};
@@ -69,9 +69,9 @@ TARGET inline __m256i group_table(float scale_low, float scale_high) {
 
 TARGET inline ColumnPair group_weights(__m256i words, __m256i table0, __m256i table1) {
   // Order of nibbles: see gemm_avx512.cpp.
-  const __m256i swapped = _mm256_shuffle_epi8(
-      words, _mm256_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15,  //
-                              0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15));
+  const __m256i swapped =
+      _mm256_shuffle_epi8(words, _mm256_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15,  //
+                                                  0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15));
   const __m256i low = _mm256_set1_epi32(0x00000F0F);
   const __m256i high = _mm256_set1_epi32(0x0F0F0000);
   const __m256i codes0 =
@@ -81,7 +81,8 @@ TARGET inline ColumnPair group_weights(__m256i words, __m256i table0, __m256i ta
   return {{_mm256_shuffle_epi8(table0, codes0), _mm256_shuffle_epi8(table1, codes1)}};
 }
 
-// A block's 64 scales of one group as fp32, stored order: 8 * c + 2 * j + b. Not finite -> 0, so that every weight is 0.
+// A block's 64 scales of one group as fp32, stored order: 8 * c + 2 * j + b. Not finite -> 0, so that every weight is
+// 0.
 TARGET inline void load_scales(const uint16_t* stored, float* scales) {
   const __m256 largest = _mm256_set1_ps(65504.0F);
   for (int part = 0; part < 8; ++part) {
@@ -126,8 +127,7 @@ TARGET inline void dequantize_slice(const WeightSlice& slice, char* weight) {
           }
           MARLIN_QQQ_UNROLL
           for (int b = 0; b < 2; ++b) {
-            char* vector =
-                weight + bundle_index(b, c / 4, p) * bundle_bytes + (4 * row + c % 4) * kVectorBytes;
+            char* vector = weight + bundle_index(b, c / 4, p) * bundle_bytes + (4 * row + c % 4) * kVectorBytes;
             if (kBytes) {
               _mm256_store_si256(reinterpret_cast<__m256i*>(vector), pair.b[b]);
             } else {
@@ -218,8 +218,7 @@ TARGET void multiply_tile_words(const int8_t* activations, int64_t stride, const
   }
 }
 
-TARGET void multiply_words(const ActivationSlice& activations, const void* weight, int64_t in_features,
-                           int32_t* sums) {
+TARGET void multiply_words(const ActivationSlice& activations, const void* weight, int64_t in_features, int32_t* sums) {
   static constexpr Tile kTile[kTokensPerTile] = {multiply_tile_words<1>, multiply_tile_words<2>,
                                                  multiply_tile_words<3>};
   multiply_tiles(kTile, activations, weight, in_features * 16, in_features, sums);
@@ -272,8 +271,8 @@ TARGET void epilogue(const BlockEpilogue& block) {
 #define TARGET_VNNI MARLIN_QQQ_TARGET_AVX_VNNI
 
 template <int kTokens>
-TARGET_VNNI void multiply_tile_bytes(const int8_t* activations, int64_t stride, const char* weight,
-                                     int64_t in_features, int32_t* sums) {
+TARGET_VNNI void multiply_tile_bytes(const int8_t* activations, int64_t stride, const char* weight, int64_t in_features,
+                                     int32_t* sums) {
   __m256i sum[kTokens][4];
   MARLIN_QQQ_UNROLL
   for (int t = 0; t < kTokens; ++t) {
@@ -333,13 +332,9 @@ TARGET_VNNI int32_t initial_sum(const int8_t* activations, int64_t in_features) 
 const GemmBackend& avx2_backend() {
   static constexpr GemmBackend kBackend{/*weight_bytes=*/2,
                                         /*activation_bytes=*/2,
-                                        /*most_streamed_tokens=*/0,
-                                        no_initial_sum,
-                                        widen_activations,
-                                        dequantize<false>,
-                                        multiply_words,
-                                        /*stream=*/nullptr,
-                                        epilogue};
+                                        /*most_streamed_tokens=*/0, no_initial_sum, widen_activations,
+                                        dequantize<false>,          multiply_words,
+                                        /*stream=*/nullptr,         epilogue};
   return kBackend;
 }
 

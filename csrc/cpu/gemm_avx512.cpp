@@ -31,7 +31,8 @@ constexpr int64_t kRowsPerGroup = format::kGroupSize / format::kTileInFeatures;
 // weight, k, column of one dequantised slice: [in_features / 4][vector v][4 * j + i][k % 4], unsigned.
 constexpr int64_t kQuadBytes = 4 * kBlockColumns;
 
-// The 16 words of column c of a tile come as lane (k % 16) / 4, element j; this order makes lane j hold 16 successive k.
+// The 16 words of column c of a tile come as lane (k % 16) / 4, element j; this order makes lane j hold 16 successive
+// k.
 TARGET inline __m512i transpose_index() {
   return _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
 }
@@ -93,12 +94,12 @@ TARGET inline ColumnPair group_weights(__m512i words, __m512i table0, __m512i ta
   return {_mm512_shuffle_epi8(table0, codes0), _mm512_shuffle_epi8(table1, codes1)};
 }
 
-// A block's 64 scales of one group as fp32, stored order: 8 * c + 2 * j + b. Not finite -> 0, so that every weight is 0.
+// A block's 64 scales of one group as fp32, stored order: 8 * c + 2 * j + b. Not finite -> 0, so that every weight is
+// 0.
 TARGET inline void load_scales(const uint16_t* stored, float* scales) {
   MARLIN_QQQ_UNROLL
   for (int part = 0; part < 4; ++part) {
-    const __m512 value =
-        _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(stored + 16 * part)));
+    const __m512 value = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(stored + 16 * part)));
     const __mmask16 odd = _mm512_fpclass_ps_mask(value, 0x01 | 0x08 | 0x10 | 0x80);  // NaNs and infinities
     _mm512_store_ps(scales + 16 * part, _mm512_mask_mov_ps(value, odd, _mm512_setzero_ps()));
   }
@@ -279,8 +280,7 @@ TARGET void stream_slice(const ActivationSlice& activations, const WeightSlice& 
         const FourVectors parts = transpose_in_lanes(sum[t][b][0], sum[t][b][1], sum[t][b][2], sum[t][b][3]);
         int32_t* total = sums + kBlockColumns * t + 16 * (2 * b + h);
         const __m512i halves[2] = {_mm512_add_epi32(parts.v[0], parts.v[1]), _mm512_add_epi32(parts.v[2], parts.v[3])};
-        _mm512_store_si512(
-            total, _mm512_add_epi32(_mm512_load_si512(total), _mm512_add_epi32(halves[0], halves[1])));
+        _mm512_store_si512(total, _mm512_add_epi32(_mm512_load_si512(total), _mm512_add_epi32(halves[0], halves[1])));
       }
     }
   }

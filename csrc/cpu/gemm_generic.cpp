@@ -56,8 +56,8 @@ void multiply(const ActivationSlice& activations, const void* weight, int64_t in
 void epilogue(const BlockEpilogue& block) {
   for (int64_t token = 0; token < block.num_tokens; ++token) {
     for (int64_t j = 0; j < kBlockColumns; ++j) {
-      float value = format::scaled_sum(block.sums[token * kBlockColumns + j], block.channel_scale[j],
-                                       block.token_scale[token]);
+      float value =
+          format::scaled_sum(block.sums[token * kBlockColumns + j], block.channel_scale[j], block.token_scale[token]);
       if (block.bias != nullptr) {
         value = format::biased(value, block.bias[j]);
       }

@@ -53,8 +53,7 @@ InstructionSet choose() {
       return set;
     }
   }
-  std::fprintf(stderr,
-               "marlin_qqq: MARLIN_QQQ_CPU_LEVEL is \"%s\", but this machine and build offer", wanted);
+  std::fprintf(stderr, "marlin_qqq: MARLIN_QQQ_CPU_LEVEL is \"%s\", but this machine and build offer", wanted);
   for (const InstructionSet set : kAll) {
     if (is_supported(set)) {
       std::fprintf(stderr, " %s", instruction_set_name(set));

@@ -11,7 +11,8 @@ namespace marlin_qqq::cpu {
 using format::InputType;
 using format::OutputType;
 
-// output[m, n] = round(fp32(fp32(fp32(sum_k activations[m, k] * W8[k, n]) * channel_scale[n]) * token_scale[m]) + bias[n])
+// output[m, n] = round(fp32(fp32(fp32(sum_k activations[m, k] * W8[k, n]) * channel_scale[n]) * token_scale[m]) +
+// bias[n])
 //   activations    int8 [num_tokens, in_features]
 //   packed_weight  int32 [in_features / 16, 2 * out_features]
 //   token_scale    fp32 [num_tokens]

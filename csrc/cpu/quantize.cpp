@@ -86,13 +86,11 @@ TARGET typename Element::Bits largest_magnitude_avx2(const typename Element::Bit
   using Bits = typename Element::Bits;
   constexpr int64_t kLanes = 32 / sizeof(Bits);
   const __m256i mask = broadcast(kMagnitudeMask<Bits>);
-  __m256i largest[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(),
-                        _mm256_setzero_si256()};
+  __m256i largest[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
   int64_t i = 0;
   for (; i + 4 * kLanes <= in_features; i += 4 * kLanes) {
     for (int part = 0; part < 4; ++part) {
-      largest[part] =
-          maximum(largest[part], _mm256_and_si256(load_bits(row + i + part * kLanes), mask), Bits{});
+      largest[part] = maximum(largest[part], _mm256_and_si256(load_bits(row + i + part * kLanes), mask), Bits{});
     }
   }
   alignas(32) Bits lanes[4 * kLanes];

@@ -30,9 +30,9 @@ struct Job {
   void (*task)(void*, int64_t);
   void* context;
   int64_t num_tasks;
-  int wanted_workers;                       // guarded by the pool's mutex
-  std::atomic<int64_t> next{0};             // next task to hand out
-  std::atomic<int> active_workers{0};       // workers inside
+  int wanted_workers;                  // guarded by the pool's mutex
+  std::atomic<int64_t> next{0};        // next task to hand out
+  std::atomic<int> active_workers{0};  // workers inside
 
   void work() {
     const DefaultFloatingPointEnvironment environment;

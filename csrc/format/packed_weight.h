@@ -1,5 +1,5 @@
-// Where the code of weight (in_feature k, out_feature n) lies in the packed tensor, int32 [in_features / 16, 2 * out_features].
-// docs/format.md draws it.
+// Where the code of weight (in_feature k, out_feature n) lies in the packed tensor, int32 [in_features / 16, 2 *
+// out_features]. docs/format.md draws it.
 #pragma once
 
 #include <cstdint>

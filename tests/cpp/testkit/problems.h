@@ -10,7 +10,8 @@
 
 namespace marlin_qqq::testkit {
 
-// Activations use all of int8, -128 too. Group scales are such that |code * scale| <= 127 unless `wrapping`: then up to 512.
+// Activations use all of int8, -128 too. Group scales are such that |code * scale| <= 127 unless `wrapping`: then up to
+// 512.
 inline ReferenceProblem random_problem(int64_t num_tokens, int64_t out_features, int64_t in_features, bool grouped,
                                        uint32_t seed, bool bfloat16 = false, bool bias = false, bool wrapping = false) {
   std::mt19937 random(seed);

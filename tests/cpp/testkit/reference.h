@@ -29,8 +29,8 @@ inline double bfloat16_value(uint16_t bits) {
   return value;
 }
 
-// Nearest number with `mantissa_bits` stored bits and the given exponent range, ties to even, as sign, exponent, mantissa
-// fields of 16 bits in all. NaN: any NaN would do, callers compare with is_nan.
+// Nearest number with `mantissa_bits` stored bits and the given exponent range, ties to even, as sign, exponent,
+// mantissa fields of 16 bits in all. NaN: any NaN would do, callers compare with is_nan.
 inline uint16_t round_to_16_bits(double value, int mantissa_bits, int smallest_exponent, int largest_exponent) {
   const auto sign = static_cast<uint16_t>(std::signbit(value) ? 0x8000 : 0);
   const double magnitude = std::fabs(value);
@@ -49,7 +49,8 @@ inline uint16_t round_to_16_bits(double value, int mantissa_bits, int smallest_e
   }
   // Steps from zero in units of the last place; a carry into the next exponent counts on correctly.
   const double units = std::nearbyint(std::ldexp(magnitude, mantissa_bits - exponent));
-  const auto steps = static_cast<uint32_t>(units) + (static_cast<uint32_t>(exponent - smallest_exponent) << mantissa_bits);
+  const auto steps =
+      static_cast<uint32_t>(units) + (static_cast<uint32_t>(exponent - smallest_exponent) << mantissa_bits);
   return static_cast<uint16_t>(sign | steps);
 }
 
@@ -66,12 +67,12 @@ struct ReferenceProblem {
   int64_t out_features = 0;
   int64_t in_features = 0;
   bool grouped = false;
-  std::vector<int8_t> activations;     // [num_tokens][in_features]
-  std::vector<int8_t> codes;           // [in_features][out_features]
-  std::vector<float> token_scale;      // [num_tokens]
-  std::vector<float> channel_scale;    // [out_features], natural order
-  std::vector<uint16_t> group_scale;   // fp16 [in_features / 128][out_features], natural order
-  std::vector<uint16_t> bias;          // [out_features] or empty
+  std::vector<int8_t> activations;    // [num_tokens][in_features]
+  std::vector<int8_t> codes;          // [in_features][out_features]
+  std::vector<float> token_scale;     // [num_tokens]
+  std::vector<float> channel_scale;   // [out_features], natural order
+  std::vector<uint16_t> group_scale;  // fp16 [in_features / 128][out_features], natural order
+  std::vector<uint16_t> bias;         // [out_features] or empty
   bool bfloat16 = false;
 };
 
@@ -88,15 +89,17 @@ inline std::vector<uint16_t> reference_gemm(const ReferenceProblem& p) {
     for (int64_t k = 0; k < p.in_features; ++k) {
       const int code = p.codes[static_cast<size_t>(k * p.out_features + n)];
       weight[static_cast<size_t>(k)] =
-          p.grouped ? reference_weight(code, float16_value(p.group_scale[static_cast<size_t>(k / 128 * p.out_features + n)]))
-                    : 16 * code;
+          p.grouped
+              ? reference_weight(code, float16_value(p.group_scale[static_cast<size_t>(k / 128 * p.out_features + n)]))
+              : 16 * code;
     }
     for (int64_t m = 0; m < p.num_tokens; ++m) {
       int64_t sum = 0;
       for (int64_t k = 0; k < p.in_features; ++k) {
         sum += p.activations[static_cast<size_t>(m * p.in_features + k)] * weight[static_cast<size_t>(k)];
       }
-      // volatile: one rounding to fp32 each, whatever the compiler's options. float(int64) rounds once, like float(int32).
+      // volatile: one rounding to fp32 each, whatever the compiler's options. float(int64) rounds once, like
+      // float(int32).
       volatile float value = static_cast<float>(sum);
       value = value * p.channel_scale[static_cast<size_t>(n)];
       value = value * p.token_scale[static_cast<size_t>(m)];
@@ -135,8 +138,8 @@ std::vector<T> reference_permute(const std::vector<T>& natural, int64_t out_feat
   for (size_t i = 0; i < natural.size(); ++i) {
     const int64_t n = static_cast<int64_t>(i) % out_features;
     const int64_t j = n % 32;
-    const int64_t column = group ? 64 * (n / 64) + 8 * (n % 8) + (n % 64) / 8
-                                 : 32 * (n / 32) + 8 * ((j % 8) / 2) + 2 * (j / 8) + j % 2;
+    const int64_t column =
+        group ? 64 * (n / 64) + 8 * (n % 8) + (n % 64) / 8 : 32 * (n / 32) + 8 * ((j % 8) / 2) + 2 * (j / 8) + j % 2;
     stored[i - static_cast<size_t>(n) + static_cast<size_t>(column)] = natural[i];
   }
   return stored;

@@ -1,11 +1,12 @@
 // The bit tricks of the CUDA kernels, run on the host over every code in every nibble and every fp16 scale, against the
 // rounding rule and the index maps of csrc/format.
+#include "cuda/dequant/dequant.h"
+
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/dequant/dequant.h"
 #include "format/float16.h"
 #include "format/packed_weight.h"
 #include "format/rounding.h"

@@ -1,6 +1,7 @@
 // parallel_for: every index once, from several callers, inside itself, and after a fork.
-#include <gtest/gtest.h>
+#include "cpu/thread_pool.h"
 
+#include <gtest/gtest.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -8,8 +9,6 @@
 #include <set>
 #include <thread>
 #include <vector>
-
-#include "cpu/thread_pool.h"
 
 namespace marlin_qqq {
 namespace {

@@ -28,9 +28,9 @@ struct Point {
 };
 
 TEST(PackedWeight, PointsOfTheFormatDocument) {
-  const Point points[] = {{0, 0, 0, 0, 1, 0},   {1, 0, 0, 0, 3, 4},   {0, 1, 0, 16, 1, 0},
-                          {0, 8, 0, 0, 0, 2},   {0, 16, 0, 1, 1, 0},  {0, 64, 0, 128, 1, 0},
-                          {4, 0, 0, 4, 1, 0},   {15, 63, 0, 127, 6, 7}, {17, 75, 1, 176, 2, 6}};
+  const Point points[] = {{0, 0, 0, 0, 1, 0}, {1, 0, 0, 0, 3, 4},     {0, 1, 0, 16, 1, 0},
+                          {0, 8, 0, 0, 0, 2}, {0, 16, 0, 1, 1, 0},    {0, 64, 0, 128, 1, 0},
+                          {4, 0, 0, 4, 1, 0}, {15, 63, 0, 127, 6, 7}, {17, 75, 1, 176, 2, 6}};
   for (const Point& p : points) {
     SCOPED_TRACE(testing::Message() << "k " << p.k << ", n " << p.n);
     for (const bool grouped : {false, true}) {
@@ -68,7 +68,8 @@ TEST(PackedWeight, EveryNibbleHoldsOneWeightAndTheInverseFindsIt) {
     for (int64_t k = 0; k < kIn; ++k) {
       for (int64_t n = 0; n < kOut; ++n) {
         const format::PackedPosition p = packed_position(k, n, grouped);
-        ASSERT_TRUE(p.row >= 0 && p.row < kIn / 16 && p.word >= 0 && p.word < 2 * kOut && p.nibble >= 0 && p.nibble < 8);
+        ASSERT_TRUE(p.row >= 0 && p.row < kIn / 16 && p.word >= 0 && p.word < 2 * kOut && p.nibble >= 0 &&
+                    p.nibble < 8);
         ASSERT_TRUE(nibbles.insert((p.row * 2 * kOut + p.word) * 8 + p.nibble).second) << "k " << k << ", n " << n;
         const format::WeightPosition back = format::weight_position(p.row, p.word, p.nibble, grouped);
         ASSERT_EQ(back.in_feature, k);

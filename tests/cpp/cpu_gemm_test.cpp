@@ -64,7 +64,9 @@ TEST_P(CpuGemm, SeveralTasksEachWay) {
   expect_exact(random_problem(5, 64 * 37, 1408, false, 8, true, true));
 }
 
-TEST_P(CpuGemm, ProductsOutsideInt8WrapModulo256) { expect_exact(random_problem(9, 128, 256, true, 3, false, false, true)); }
+TEST_P(CpuGemm, ProductsOutsideInt8WrapModulo256) {
+  expect_exact(random_problem(9, 128, 256, true, 3, false, false, true));
+}
 
 // The extremes of every factor, where 16-bit or saturating arithmetic would show.
 TEST_P(CpuGemm, ExtremeActivationsAndWeights) {

@@ -131,7 +131,8 @@ TEST_P(CpuQuantize, ZeroAndTinyRows) {
   const float smallest = std::numeric_limits<float>::denorm_min();
   const float limit = 127.0F / std::numeric_limits<float>::max();
   for (const InputType type : kTypes) {
-    for (const float value : {0.0F, -0.0F, smallest, 1e-40F, limit / 2, limit, std::nextafter(limit, 1.0F), 4 * limit}) {
+    for (const float value :
+         {0.0F, -0.0F, smallest, 1e-40F, limit / 2, limit, std::nextafter(limit, 1.0F), 4 * limit}) {
       expect_exact({std::vector<float>(70, value)}, type, 0, 1);
     }
   }

@@ -35,7 +35,8 @@ TEST(CpuPacking, DigestsOfTheFormatDocument) {
     for (int64_t k = 0; k < kIn; ++k) {
       for (int64_t n = 0; n < kOut; ++n) {
         const int nibble = static_cast<int>((7 * k + 3 * n) % 16);
-        codes[static_cast<size_t>(k * kOut + n)] = static_cast<int8_t>(grouped || nibble >= 8 ? nibble - (grouped ? 8 : 16) : nibble);
+        codes[static_cast<size_t>(k * kOut + n)] =
+            static_cast<int8_t>(grouped || nibble >= 8 ? nibble - (grouped ? 8 : 16) : nibble);
       }
     }
     const std::vector<int32_t> packed = pack(codes, kIn, kOut, grouped);

@@ -1,0 +1,203 @@
+// The planner: every problem gets a launch that the device can run, the same one every time, and says what it is.
+#include "plan/plan.h"
+
+#include <gtest/gtest.h>
+
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace marlin_qqq {
+namespace {
+
+using plan::DeviceProperties;
+using plan::Family;
+using plan::Plan;
+using plan::Problem;
+
+constexpr const char* kArchitectures[] = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_120"};
+constexpr int64_t kTokens[] = {1, 2, 7, 8, 16, 17, 33, 64, 100, 128, 256, 511, 1024, 4096, 16384, 131072};
+constexpr int64_t kOutFeatures[] = {64, 128, 192, 1024, 4096, 5120, 11008, 28672, 151936};
+constexpr int64_t kInFeatures[] = {128, 256, 384, 4096, 8192, 21760, 132096};
+
+std::string describe(const Problem& p, const std::string& architecture) {
+  return architecture + ": " + std::to_string(p.num_tokens) + " tokens, " + std::to_string(p.out_features) +
+         " out_features, " + std::to_string(p.in_features) + " in_features, group_size " + std::to_string(p.group_size);
+}
+
+void expect_runnable(const Plan& plan, const Problem& problem, const DeviceProperties& device) {
+  EXPECT_NE(plan.family, Family::kNone);
+  EXPECT_GT(plan.grid, 0);
+  EXPECT_TRUE(plan.threads >= 32 && plan.threads <= 1024 && plan.threads % 32 == 0) << plan.threads;
+  EXPECT_GE(plan.stages, 2);
+  EXPECT_GE(plan.split, 1);
+  EXPECT_GE(plan.multicast, 1);
+  EXPECT_TRUE(plan.shared_memory_bytes > 0 && plan.shared_memory_bytes <= device.shared_memory_per_block)
+      << plan.shared_memory_bytes;
+  EXPECT_GE(plan.scratch_bytes, 0);
+  EXPECT_GT(plan.estimated_us, 0.0);
+  EXPECT_LT(plan.estimated_us, 1e9);
+  EXPECT_GT(plan.tile_tokens, 0);
+  EXPECT_EQ(plan.tile_features % 64, 0);
+  EXPECT_LE(plan.split, problem.in_features / 64) << "a block without inputs";
+  // The tile is the table's row of that name.
+  bool found = false;
+  for (const plan::TileDescription& row : plan::tile_table()) {
+    if (row.family == plan.family && row.name == plan.tile_name) {
+      found = true;
+      EXPECT_EQ(row.tile_tokens, plan.tile_tokens);
+      EXPECT_EQ(row.tile_features, plan.tile_features);
+      EXPECT_EQ(row.stages, plan.stages);
+      EXPECT_EQ(row.threads, plan.threads);
+    }
+  }
+  EXPECT_TRUE(found) << plan.tile_name;
+}
+
+class EveryArchitecture : public testing::TestWithParam<const char*> {};
+INSTANTIATE_TEST_SUITE_P(Every, EveryArchitecture, testing::ValuesIn(kArchitectures),
+                         [](const auto& info) { return std::string(info.param); });
+
+TEST_P(EveryArchitecture, EveryProblemGetsARunnablePlan) {
+  const DeviceProperties device = plan::reference_device(GetParam());
+  for (const int64_t num_tokens : kTokens) {
+    for (const int64_t out_features : kOutFeatures) {
+      for (const int64_t in_features : kInFeatures) {
+        for (const int group_size : {-1, 128}) {
+          const Problem problem{num_tokens, out_features, in_features, group_size};
+          SCOPED_TRACE(describe(problem, GetParam()));
+          Plan chosen;
+          ASSERT_NO_THROW(chosen = plan::make_plan(problem, device));
+          expect_runnable(chosen, problem, device);
+          if (testing::Test::HasFailure()) return;  // one report is enough
+        }
+      }
+    }
+  }
+}
+
+// A small part of a large GPU (a MIG slice), or a GPU with less shared memory, still gets a plan.
+TEST_P(EveryArchitecture, SmallerDevicesGetAPlanToo) {
+  DeviceProperties device = plan::reference_device(GetParam());
+  for (const int num_sms : {1, 7, 14}) {
+    device.num_sms = num_sms;
+    for (const int64_t num_tokens : {1, 64, 2048}) {
+      const Problem problem{num_tokens, 4096, 4096, 128};
+      SCOPED_TRACE(describe(problem, GetParam()));
+      expect_runnable(plan::make_plan(problem, device), problem, device);
+    }
+  }
+}
+
+TEST_P(EveryArchitecture, CandidatesAreRunnableAndSorted) {
+  const DeviceProperties device = plan::reference_device(GetParam());
+  for (const int64_t num_tokens : {1, 48, 700}) {
+    const Problem problem{num_tokens, 5120, 4096, 128};
+    const std::vector<Plan> candidates = plan::candidates(problem, device);
+    ASSERT_FALSE(candidates.empty());
+    for (size_t i = 0; i < candidates.size(); ++i) {
+      SCOPED_TRACE(plan::to_string(candidates[i]));
+      expect_runnable(candidates[i], problem, device);
+      if (i > 0) {
+        EXPECT_LE(candidates[i - 1].estimated_us, candidates[i].estimated_us);
+      }
+    }
+    EXPECT_EQ(plan::to_string(candidates[0]), plan::to_string(plan::make_plan(problem, device)));
+  }
+}
+
+TEST_P(EveryArchitecture, TheSameProblemGetsTheSamePlan) {
+  const DeviceProperties device = plan::reference_device(GetParam());
+  for (const int64_t num_tokens : kTokens) {
+    const Problem problem{num_tokens, 4096, 11008, -1};
+    EXPECT_EQ(plan::to_string(plan::make_plan(problem, device)), plan::to_string(plan::make_plan(problem, device)));
+  }
+}
+
+TEST_P(EveryArchitecture, OverridesAreObeyed) {
+  const DeviceProperties device = plan::reference_device(GetParam());
+  const Problem problem{96, 4096, 4096, 128};
+  for (const Plan& candidate : plan::candidates(problem, device)) {
+    const Plan forced = plan::make_plan(problem, device, candidate.tile_name, candidate.split);
+    EXPECT_EQ(forced.tile_name, candidate.tile_name);
+    EXPECT_EQ(forced.split, candidate.split);
+  }
+}
+
+// The text of the error that `call` raises; empty if it raises none.
+template <typename Call>
+std::string refusal(Call call) {
+  try {
+    call();
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST_P(EveryArchitecture, OverridesThatCannotRunAreRefusedByName) {
+  const DeviceProperties device = plan::reference_device(GetParam());
+  const Problem problem{16, 4096, 4096, 128};
+  EXPECT_NE(refusal([&] { plan::make_plan(problem, device, "no_such_tile"); }).find("no_such_tile"), std::string::npos);
+  EXPECT_NE(refusal([&] { plan::make_plan(problem, device, "", 12345); }).find("12345"), std::string::npos);
+  if (device.compute_capability != 90) {
+    EXPECT_NE(refusal([&] { plan::make_plan(problem, device, "", 0, Family::kSm90); }), "");
+  }
+}
+
+TEST(Plan, ProblemsOutsideTheFormatAreRefusedWithTheirValue) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  const struct {
+    Problem problem;
+    const char* argument;
+    const char* value;
+  } cases[] = {{{-1, 64, 128, -1}, "num_tokens", "-1"},
+               {{1, 96, 128, -1}, "out_features", "96"},
+               {{1, 64, 192, -1}, "in_features", "192"},
+               {{1, 64, 132224, -1}, "in_features", "132224"},
+               {{1, 64, 128, 64}, "group_size", "64"}};
+  for (const auto& c : cases) {
+    const std::string text = refusal([&] { plan::make_plan(c.problem, device); });
+    EXPECT_NE(text.find(c.argument), std::string::npos) << text;
+    EXPECT_NE(text.find(c.value), std::string::npos) << text;
+  }
+}
+
+TEST(Plan, OldDevicesAndUnknownNamesAreRefused) {
+  DeviceProperties device = plan::reference_device("sm_80");
+  device.compute_capability = 75;
+  EXPECT_NE(refusal([&] { plan::make_plan({1, 64, 128, -1}, device); }).find("7.5"), std::string::npos);
+  EXPECT_NE(refusal([] { plan::reference_device("sm_70"); }).find("sm_70"), std::string::npos);
+}
+
+TEST(Plan, EmptyProblemsLaunchNothing) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  for (const Problem& problem : {Problem{0, 64, 128, -1}, Problem{5, 0, 128, -1}}) {
+    const Plan plan = plan::make_plan(problem, device);
+    EXPECT_EQ(plan.family, Family::kNone);
+    EXPECT_EQ(plan.grid, 0);
+  }
+}
+
+TEST(Plan, TheTextNamesTheLaunch) {
+  const Plan chosen = plan::make_plan({64, 4096, 4096, 128}, plan::reference_device("sm_90"));
+  const std::string text = plan::to_string(chosen);
+  EXPECT_NE(text.find(chosen.tile_name), std::string::npos) << text;
+  EXPECT_NE(text.find(plan::family_name(chosen.family)), std::string::npos) << text;
+  EXPECT_NE(text.find(std::to_string(chosen.grid)), std::string::npos) << text;
+  EXPECT_EQ(text.find('\n'), std::string::npos);
+}
+
+TEST(Plan, TileTableHasDistinctNames) {
+  std::set<std::string> names;
+  for (const plan::TileDescription& row : plan::tile_table()) {
+    EXPECT_TRUE(names.insert(row.name).second) << row.name;
+    EXPECT_GT(row.tile_tokens, 0);
+    EXPECT_GT(row.tile_features, 0);
+  }
+  EXPECT_GE(names.size(), 2u);
+}
+
+}  // namespace
+}  // namespace marlin_qqq
