@@ -1,6 +1,5 @@
 # libmarlin_qqq_cuda. Every .cu of csrc/cuda is compiled for the architectures of MARLIN_QQQ_CUDA_ARCHITECTURES, those in
-# csrc/cuda/sm90 for sm_90a alone. ptxas reports registers and spills into ptxas.log beside the build, which
-# scripts/check_ptxas.py reads.
+# csrc/cuda/sm90 for sm_90a alone. What ptxas says of registers and spills is kept for scripts/check_ptxas.py.
 set(MARLIN_QQQ_HAVE_CUDA OFF)
 if(MARLIN_QQQ_CUDA STREQUAL "OFF")
   message(STATUS "CUDA: not built (MARLIN_QQQ_CUDA=OFF); this is a CPU package")
@@ -61,6 +60,7 @@ function(marlin_qqq_add_cuda_objects name)
   # ptxas speaks only while it compiles: keep what it said beside the object, for scripts/check_ptxas.py.
   set_target_properties(${name} PROPERTIES
     CUDA_ARCHITECTURES OFF
+    CUDA_VISIBILITY_PRESET hidden
     RULE_LAUNCH_COMPILE "\"${Python_EXECUTABLE}\" \"${CMAKE_CURRENT_SOURCE_DIR}/scripts/keep_compiler_output.py\" <OBJECT>")
   target_sources(marlin_qqq_cuda PRIVATE $<TARGET_OBJECTS:${name}>)
 endfunction()
