@@ -105,7 +105,7 @@ def test_zeros_say_which_format_they_are_symmetric_in():
     with pytest.raises(ValueError, match="pass checkpoint_format='gptq'"):
         marlin_qqq.repack_gptq(qweight, qzeros, scales, g_idx, group_size=128, checkpoint_format="gptq_v2")
     qzeros[1, 2] += 1 << 4  # one zero of one group
-    with pytest.raises(ValueError, match="qzeros holds 8 where symmetric quantisation has 7.*asymmetric"):
+    with pytest.raises(ValueError, match=r"qzeros holds 8 where symmetric quantisation has 7.*asymmetric"):
         marlin_qqq.repack_gptq(qweight, qzeros, scales, g_idx, group_size=128)
 
 
