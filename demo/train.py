@@ -38,16 +38,11 @@ from card import write_card  # noqa: E402
 from corpus import Corpus, read_corpus  # noqa: E402
 
 END_OF_TEXT = "<|endoftext|>"
-PROMPTS = (
-    "def read_config(path):\n    ",
-    "class Stack:\n    def __init__(self):\n        ",
-    "import os\nimport sys\n\n",
-)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; flat, eight files")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; flat: eight files")
     parser.add_argument("--stdlib", type=Path, help="standard library to read (default: the running interpreter's)")
     parser.add_argument("--stdlib-label", help="what the card calls that text, e.g. 'CPython 3.12.1 with its tests'")
     parser.add_argument("--minutes", type=float, default=4.0, help="wall clock for everything, set-up included")
@@ -78,7 +73,8 @@ def parse_arguments() -> argparse.Namespace:
         arguments.minutes, arguments.max_epochs = min(arguments.minutes, 1.0), 1.0
     if arguments.hidden_size % 128 or arguments.intermediate_size % 128:
         parser.error(
-            f"--hidden-size {arguments.hidden_size} and --intermediate-size {arguments.intermediate_size} must be multiples of 128"
+            f"--hidden-size {arguments.hidden_size}, --intermediate-size {arguments.intermediate_size}: "
+            "both must be multiples of 128"
         )
     return arguments
 
@@ -290,23 +286,6 @@ def train(
 # Result
 
 
-@torch.no_grad()
-def continue_prompts(model: LlamaForCausalLM, tokenizer: Tokenizer, arguments: argparse.Namespace) -> dict[str, str]:
-    """Greedy continuations, straight from the network: no generation utility, no cache."""
-    model.eval()
-    samples = {}
-    for prompt in PROMPTS:
-        ids = torch.tensor([tokenizer.encode(prompt).ids], device=arguments.device)
-        for _ in range(16 if arguments.tiny else 96):
-            with autocast(arguments.device):
-                next_id = model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
-            if next_id.item() == model.config.eos_token_id:
-                break
-            ids = torch.cat([ids, next_id], dim=1)
-        samples[prompt] = tokenizer.decode(ids[0].tolist(), skip_special_tokens=True)
-    return samples
-
-
 def write_model(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     model = model.cpu().half()
     model.config.use_cache = True
@@ -329,8 +308,8 @@ def write_model(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> Non
 
 def command_line() -> str:
     """The command as somebody else would give it: without the folders of this machine."""
-    given = {"--out": "demo/model", "--stdlib": "LIB"}
-    words = [given.get(before, word) for before, word in zip([""] + sys.argv[1:], sys.argv[1:])]
+    given = {"--out": "demo/model", "--stdlib": "LIB", "--stdlib-label": "TEXT"}
+    words = [given.get(before, word) for before, word in zip(sys.argv, sys.argv[1:], strict=False)]
     return "python demo/train.py " + shlex.join(words)
 
 
@@ -366,10 +345,6 @@ def main() -> None:
     facts = train(model, streams, arguments, end_of_text)
     held_out_loss = mean_loss(model, streams["held_out"], arguments, end_of_text)
     say(f"best step {facts['step']}; held-out loss {held_out_loss:.4f}, perplexity {math.exp(held_out_loss):.3f}")
-    samples = continue_prompts(model, tokenizer, arguments)
-    for text in samples.values():
-        print("-" * 78 + "\n" + text, flush=True)
-
     write_model(model, tokenizer, arguments.out)
     held_out_text = "\n\n".join(corpus.held_out)
     (arguments.out / "heldout.txt").write_text(held_out_text, encoding="utf-8")
@@ -396,7 +371,8 @@ def main() -> None:
         "wall_seconds": time.monotonic() - START,
     }
     (arguments.out / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    write_card(arguments.out, facts, samples)
+    write_card(arguments.out)
+    print((arguments.out / "README.md").read_text(encoding="utf-8"))
     say("wrote " + ", ".join(f"{p.name} ({p.stat().st_size:,} bytes)" for p in sorted(arguments.out.iterdir())))
 
 

@@ -1,6 +1,6 @@
 """How good and how fast a causal language model is: perplexity, greedy continuation, size of its linear layers.
 
-Works on any Transformers causal language model, quantised or not; used by `marlin-qqq demo` and `marlin-qqq perplexity`.
+Works on any Transformers causal language model, quantised or not; `marlin-qqq demo` and `marlin-qqq perplexity` use it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Continuation", "Perplexity", "continue_greedily", "linear_weight_bytes", "measure_perplexity", "num_windows"]
+__all__ = [
+    "Continuation",
+    "Perplexity",
+    "continue_greedily",
+    "linear_weight_bytes",
+    "measure_perplexity",
+    "num_windows",
+]
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,8 @@ def measure_perplexity(
         model: a Transformers causal language model.
         token_ids: integer ``[num_tokens]``, without special tokens.
         window: tokens predicted in one forward pass, at least 2; the model reads one more with `start_token`.
-        start_token: put before every window, so that its first token is predicted too; None: the first token of a window
-            is context only.
+        start_token: put before every window, so that its first token is predicted too; None: a window's first token is
+            context only.
         batch_size: windows in a forward pass.
         on_window: called with the number of windows done since the last call.
 

@@ -9,9 +9,9 @@ How to add a subcommand `name` (the code of `some-name` lives in `some_name.py`)
    The file is imported only when the subcommand runs, so it may import torch at its top.
 2. Add a row to `SUBCOMMANDS`: the name and the one line that `marlin-qqq --help` shows.
 
-Errors: raise `CliError("what is wrong, the value, what is allowed")` for what the user can put right. It is shown as one
-line on stderr and the exit status is 1; a ValueError, OSError, RuntimeError or ImportError that leaves a subcommand is
-shown the same way. MARLIN_QQQ_TRACEBACK=1 shows the traceback instead. For another exit status raise `typer.Exit(code)`.
+Errors: raise `CliError("what is wrong, the value, what is allowed")` for what the user can put right. It is shown on
+stderr and the exit status is 1. A ValueError, OSError, RuntimeError or ImportError that leaves a subcommand is shown so
+too; MARLIN_QQQ_TRACEBACK=1 shows the traceback instead. For another exit status raise `typer.Exit(code)`.
 
 Tests: `typer.testing.CliRunner().invoke(marlin_qqq.cli.app.app, ["name", ...])`, the same path as the console script.
 """
@@ -56,7 +56,7 @@ def _run(name: str, arguments: list[str]) -> None:
         if os.environ.get("MARLIN_QQQ_TRACEBACK"):
             raise
         message = str(error).strip() or type(error).__name__
-        if not isinstance(error, CliError):
+        if not isinstance(error, (CliError, ValueError)):
             message += "\n(MARLIN_QQQ_TRACEBACK=1 shows where this comes from)"
         typer.secho(f"marlin-qqq {name}: {message}", fg="red", err=True)
         raise typer.Exit(1) from error
