@@ -40,7 +40,7 @@ def load_model(directory: str | os.PathLike[str], device: str = "cpu", dtype: to
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             os.fspath(folder), dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
     except (ValueError, ImportError, KeyError) as error:

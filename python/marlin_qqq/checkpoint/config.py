@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from marlin_qqq.checkpoint.errors import CheckpointError
+from marlin_qqq.quantization.model import is_skipped
 
 QUANT_METHOD = "qqq"
 SUPPORTED_GROUP_SIZES = (128, -1)
@@ -57,8 +58,7 @@ class QuantizationSettings:
 
     def is_skipped(self, module_name: str) -> bool:
         """True if `module_name` or a module around it is named by modules_to_not_convert (whole dotted parts)."""
-        dotted = f".{module_name}."
-        return any(f".{name}." in dotted for name in self.modules_to_not_convert)
+        return is_skipped(module_name, self.modules_to_not_convert)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def load_quantized_model(
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # Older folders keep the settings in a side file, which Transformers does not look at.
     config.quantization_config = checkpoint.settings.to_dict()
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
         dtype=dtype,
@@ -128,6 +128,7 @@ def load_quantized_model(
         trust_remote_code=False,
         output_loading_info=True,
     )
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} tensors of the model, such as {missing[0]}")

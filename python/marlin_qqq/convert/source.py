@@ -15,6 +15,7 @@ from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.reader import Checkpoint, natural_key
 from marlin_qqq.checkpoint.tensors import TensorFolder
 from marlin_qqq.packing import IN_FEATURES_MULTIPLE, OUT_FEATURES_MULTIPLE
+from marlin_qqq.quantization.model import is_skipped
 
 Kind = Literal["float", "gptq", "qqq"]
 # Layers that inference engines merge into one: they are quantised together or not at all.
@@ -60,11 +61,11 @@ class Source:
     @property
     def gptq_format(self) -> Literal["gptq", "gptq_v2"]:
         """How a GPTQ source stores its zeros."""
-        name = self.quantization_config.get("checkpoint_format") or self.quantization_config.get("format") or "gptq"
+        name: Any = (
+            self.quantization_config.get("checkpoint_format") or self.quantization_config.get("format") or "gptq"
+        )
         if name not in ("gptq", "gptq_v2"):
-            raise CheckpointError(
-                f"{self.directory}: GPTQ checkpoint_format {name!r}; 'gptq' and 'gptq_v2' are convertible"
-            )
+            raise CheckpointError(f"{self.directory}: GPTQ format {name!r}; 'gptq' and 'gptq_v2' are convertible")
         return name
 
 
@@ -133,7 +134,7 @@ def _gptq_source(
         )
     if quantization.get("sym") is False:
         raise CheckpointError(f"{directory}: GPTQ with zero points (sym is false); QQQ's codes are symmetric")
-    layers, skipped = {}, {}
+    layers = {}
     for key in sorted(folder.tensors, key=natural_key):
         name, _, part = key.rpartition(".")
         if part != "qweight":
@@ -151,7 +152,7 @@ def _gptq_source(
         if reason is not None:
             raise CheckpointError(f"{name} is GPTQ in the files and cannot stay so: {reason}")
         layers[name] = LinearLayer(name, in_features, out_features, parts)
-    return _finish(Source(directory, "gptq", config, folder, layers, skipped, [], int(group_size), quantization))
+    return _finish(Source(directory, "gptq", config, folder, layers, {}, [], int(group_size), quantization))
 
 
 def _qqq_source(directory: Path, config: dict[str, Any], folder: TensorFolder) -> Source:
@@ -205,7 +206,7 @@ def decoder_layer_of(module_name: str) -> str | None:
 
 def _reason_to_skip(name: str, in_features: int, out_features: int, skip: tuple[str, ...]) -> str | None:
     for part in skip:
-        if f".{part}." in f".{name}.":
+        if is_skipped(name, [part]):
             return f"named by skip ({part})"
     if in_features % IN_FEATURES_MULTIPLE or out_features % OUT_FEATURES_MULTIPLE:
         return (

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from marlin_qqq.checkpoint.config import QUANT_METHOD, QuantizationSettings, parse_quantization_config
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from marlin_qqq.checkpoint.config import QUANT_METHOD, parse_quantization_config
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.reader import GROUP_SCALE, QuantizedModule, check_values, find_quantized_modules
 from marlin_qqq.checkpoint.tensors import TensorInfo, read_header
 from marlin_qqq.linear import QQQLinear
 from marlin_qqq.ops import make_workspace
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class QQQConfig(QuantizationConfigMixin):
         skipped = ("lm_head",) if modules_to_not_convert is None else tuple(modules_to_not_convert)
         described = fields | {"group_size": group_size, "modules_to_not_convert": skipped}
         self.settings = parse_quantization_config({"quant_method": QUANT_METHOD} | described)
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # Transformers' enum has its own methods only
         self.group_size = group_size
         self.modules_to_not_convert = list(skipped)
 
@@ -128,9 +129,12 @@ def enable_transformers() -> None:
         register_quantizer(QUANT_METHOD)(QQQQuantizer)
 
 
-def mark_quantized(model: torch.nn.Module, settings: QuantizationSettings) -> None:
-    """Gives a model whose layers were replaced in memory what `save_pretrained` needs to write a QQQ folder."""
-    config = QQQConfig(settings.group_size, settings.modules_to_not_convert)
+def mark_quantized(model: Any, group_size: int, modules_to_not_convert: Iterable[str]) -> None:
+    """Gives a model whose layers were replaced in memory what `save_pretrained` needs to write a QQQ folder.
+
+    `quantize_model` calls it for every Transformers model.
+    """
+    config = QQQConfig(group_size, modules_to_not_convert)
     model.config.quantization_config = config
     model.hf_quantizer = QQQQuantizer(config, pre_quantized=True)
     model.is_quantized = True

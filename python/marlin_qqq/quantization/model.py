@@ -109,6 +109,11 @@ def quantize_model(
                 _replace(model, linear, layer.train(linear.training))
                 done += 1
                 report(done, len(names), name)
+    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
+        # A Transformers model, so that module is loaded already: save_pretrained writes a QQQ folder from here on.
+        from marlin_qqq.integrations.transformers import mark_quantized
+
+        mark_quantized(model, group_size, tuple(skip))
     return model
 
 
