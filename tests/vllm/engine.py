@@ -1,0 +1,98 @@
+"""Runs vLLM's engine in a process of its own: `python engine.py JOBS RESULTS` works off a list of jobs, one engine each.
+
+A job is `{"model": ..., "prompts": [[ids]], "num_tokens": n, "options": {arguments of vllm.LLM}, "reload": bool}`, a result
+`{"tokens": [[ids]], "layers": {name: {...}}, "reloaded": [[ids]]}` or `{"error": text}`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def run(
+    jobs: list[dict[str, Any]], folder: Path, *, compiled: bool = False, timeout: float = 600, **environment: str
+) -> list[dict[str, Any]]:
+    """Starts the process, waits, and returns one result a job."""
+    names = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | ENVIRONMENT | environment
+    if any(job.get("options", {}).get("tensor_parallel_size", 1) > 1 for job in jobs):
+        names["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    for job in jobs:
+        job.setdefault("options", {})["enforce_eager"] = not compiled
+    if not compiled:
+        names["TORCHDYNAMO_DISABLE"] = "1"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, __file__, str(folder / "jobs.json"), str(folder / "results.json")]
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.run(
+            command, env=os.environ | names, stdout=log, stderr=subprocess.STDOUT, timeout=timeout, cwd=folder
+        )
+    text = (folder / "log.txt").read_text()
+    assert process.returncode == 0, f"the engine's process ended with {process.returncode}:\n{text[-6000:]}"
+    results = json.loads((folder / "results.json").read_text())
+    return [result | {"log": text} for result in results]
+
+
+def layer_facts(model: Any) -> dict[str, dict[str, Any]]:
+    """What became of every linear layer of the engine's model; runs inside the engine."""
+    from vllm.model_executor.layers.linear import LinearBase
+
+    return {
+        name: {
+            "method": type(module.quant_method).__name__,
+            "parameters": {key: type(value).__name__ for key, value in module.named_parameters(recurse=False)},
+        }
+        for name, module in model.named_modules()
+        if isinstance(module, LinearBase)
+    }
+
+
+def _run_job(job: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    options = {"max_model_len": 128, "max_num_seqs": 16, "seed": 0, "skip_tokenizer_init": True} | job["options"]
+    sampling = SamplingParams(temperature=0.0, max_tokens=job["num_tokens"], ignore_eos=True, detokenize=False)
+    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    engine = None
+
+    def generate() -> list[list[int]]:
+        return [list(output.outputs[0].token_ids) for output in engine.generate(prompts, sampling, use_tqdm=False)]
+
+    try:
+        engine = LLM(model=job["model"], **options)
+        result: dict[str, Any] = {"tokens": generate()}
+        if options.get("tensor_parallel_size", 1) == 1:
+            result["layers"] = engine.apply_model(layer_facts)[0]
+        if job.get("reload"):
+            engine.reset_prefix_cache()
+            engine.collective_rpc("reload_weights", kwargs={"weights_path": job["reload"]})
+            result["reloaded"] = generate()
+        engine.llm_engine.engine_core.shutdown()
+        return result
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        del engine
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+if __name__ == "__main__":
+    loaded = json.loads(Path(sys.argv[1]).read_text())
+    Path(sys.argv[2]).write_text(json.dumps([_run_job(job) for job in loaded]))
