@@ -26,8 +26,8 @@ VariantOption = Annotated[
     str,
     typer.Option(
         "--variant",
-        help="Variants of our op, comma-separated: default, constant (constant_weights=True), sm80, sm90, tile:NAME, "
-        "split:COUNT; join parts with +.",
+        help="Variants of our op, comma-separated: default, constant (constant_weights=True), bias, bf16, sm80, sm90, "
+        "tile:NAME, split:COUNT; join parts with +.",
     ),
 ]
 BaselinesOption = Annotated[

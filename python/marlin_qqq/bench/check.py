@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Multiply-adds of a reference that is computed whole.
 WHOLE_REFERENCE_OPERATIONS = {"cpu op": 4 << 30, "float64 formula": 1 << 28}
-SAMPLED_ROWS = 64
+SAMPLED_ROWS = 32
 SAMPLED_TILES = 2
 TILE = 64  # packed weights can be cut along their columns at multiples of 64
 
@@ -77,7 +77,7 @@ def gemm_reference(
     compute = _cpu_op if method == "cpu op" else _formula
     m, n, k = problem.num_tokens, problem.out_features, problem.in_features
     a, token_scale = activations.quantized[0].cpu(), activations.token_scale[0].cpu()
-    packed, channel, group = (part[0].cpu() for part in (weights.packed, weights.channel_scale, weights.group_scale))
+    packed, channel, group = weights.first_on_cpu
     bias = None if bias is None else bias.cpu()
 
     if m * n * k <= WHOLE_REFERENCE_OPERATIONS[method]:

@@ -7,6 +7,7 @@ that every product of code and scale stays inside the format's int8 range.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from marlin_qqq.bench.problem import GemmProblem
@@ -40,6 +41,11 @@ class PackedWeights:
     packed: list[torch.Tensor]  # int32 [in_features / 16, 2 * out_features]
     channel_scale: list[torch.Tensor]  # fp32 [1, out_features]
     group_scale: list[torch.Tensor]  # fp16 [in_features / 128, out_features], or [0]
+
+    @cached_property
+    def first_on_cpu(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The first copy for the reference: packed words, channel scales, group scales."""
+        return self.packed[0].cpu(), self.channel_scale[0].cpu(), self.group_scale[0].cpu()
 
     @property
     def copies(self) -> int:

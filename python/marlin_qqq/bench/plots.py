@@ -64,6 +64,7 @@ STYLE: Any = {
     "svg.hashsalt": "marlin_qqq",  # the same data gives the same file
 }
 PANELS_PER_ROW = 3
+PLOTTED_OPERATIONS = ("gemm", "quantize", "linear", "layer")
 
 
 def plot_run(run: Run, folder: str | Path, prefix: str = "") -> list[Path]:
@@ -74,7 +75,7 @@ def plot_run(run: Run, folder: str | Path, prefix: str = "") -> list[Path]:
     """
     folder = Path(folder)
     written: list[Path] = []
-    for operation in dict.fromkeys(m.operation for m in run.measurements):
+    for operation in dict.fromkeys(m.operation for m in run.measurements if m.operation in PLOTTED_OPERATIONS):
         for method in dict.fromkeys(m.method for m in run.measurements if m.operation == operation and m.median_us):
             rows = [m for m in run.measurements if m.operation == operation and m.method == method and m.median_us]
             name = prefix + operation + ("_sustained" if method == "sustained" else "")
@@ -195,9 +196,9 @@ def _speed_up_bars(
     bar = 0.84 / len(tokens)
     for index, count in enumerate(tokens):
         bars = [
-            (place - 0.42 + bar * (index + 0.5), ratios[(*shape, count)])
+            (place - 0.42 + bar * (index + 0.5), ratios[key])
             for place, shape in enumerate(shapes)
-            if (*shape, count) in ratios
+            if (key := (*shape, count)) in ratios
         ]
         colour = shades(0.05 + 0.85 * index / max(1, len(tokens) - 1))
         if bars:

@@ -30,7 +30,7 @@ class Measurement:
     implementation that is not available here (``unavailable`` says why).
     """
 
-    operation: str  # "gemm", "quantize", "linear", "layer"
+    operation: str  # "gemm", "quantize", "linear", "layer", "epilogue" (gemm again, beside bias and bf16)
     implementation: str  # "marlin_qqq", "marlin_qqq:constant", "humming", "int_mm", "read", ...
     num_tokens: int
     out_features: int

@@ -14,7 +14,7 @@ from marlin_qqq.bench.implementations import Bound, Context, Implementation, Una
 from marlin_qqq.bench.inputs import ACTIVATION_COPIES, make_activations
 from marlin_qqq.bench.presets import Layer
 from marlin_qqq.bench.problem import PER_CHANNEL, Ceilings, GemmProblem
-from marlin_qqq.bench.results import Measurement, Run
+from marlin_qqq.bench.results import OURS, Measurement, Run
 
 if TYPE_CHECKING:
     import torch
@@ -58,11 +58,16 @@ def check_device(device: str) -> str:
     import torch
 
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no usable GPU"
         raise NoDevice(f"--device {device}: no GPU here ({reason}); use --device cpu for the CPU kernels")
-    if not device.startswith("cuda") and device != "cpu":
+    if device.startswith("cuda"):
+        index = device.partition(":")[2] or str(torch.cuda.current_device())
+        if not index.isdigit() or int(index) >= torch.cuda.device_count():
+            raise NoDevice(f"--device {device}: this machine's GPUs are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+        return f"cuda:{index}"
+    if device != "cpu":
         raise NoDevice(f"--device {device!r} is not known; allowed: auto, cpu, cuda, cuda:INDEX")
     return device
 
@@ -85,7 +90,7 @@ class Runner:
         self.ceilings: Ceilings
         self.ceilings, self.run.ceilings = ceilings_module.measure_ceilings(settings.device)
         self.context = self.new_context()
-        self.clocks = environment_module.ClockSampler()
+        self.clocks = environment_module.ClockSampler(int(settings.device.partition(":")[2] or 0))
 
     def new_context(self) -> Context:
         settings = self.settings
@@ -186,6 +191,8 @@ class Runner:
                 candidates.append((implementation, entry.bind(problem, activations, context)))
             except Unavailable as reason:
                 candidates.append((implementation, str(reason)))
+            except RuntimeError as error:  # a launch that fails is a result, too; the others go on
+                candidates.append((implementation, failure(implementation.name, error)))
 
         measurements = []
         bound: list[tuple[Measurement, Bound]] = []
@@ -198,10 +205,11 @@ class Runner:
                 in_features=problem.in_features,
                 group_size=implementation.group_size,
                 label=problem.label,
+                method=self.settings.methods[0] if self.settings.on_gpu else "wall",
             )
             measurements.append(measurement)
             if isinstance(candidate, str):
-                measurement.unavailable = candidate
+                refuse(measurement, candidate)
             else:
                 bound.append((measurement, candidate))
         self.record(measurements + self.measure(bound, copies))
@@ -227,15 +235,21 @@ class Runner:
             {str(index): candidate.launch for index, (_, candidate) in enumerate(right)}, self.settings.cpu_seconds
         )
         for index, (measurement, _) in enumerate(right):
-            measurement.method = "wall"
             _fill(measurement, samples[str(index)])
         return []
 
     def _measure_on_gpu(self, right: Sequence[tuple[Measurement, Bound]], copies: int) -> list[Measurement]:
         graphs: dict[str, timing.CapturedLaunches] = {}
-        for index, (measurement, candidate) in enumerate(right):
+        captured: list[tuple[Measurement, Bound]] = []
+        for measurement, candidate in right:
             launches = timing.num_launches(copies, measurement.floor_us or 10.0)
-            graphs[str(index)] = timing.CapturedLaunches(candidate.launch, launches)
+            try:
+                graphs[str(len(graphs))] = timing.CapturedLaunches(candidate.launch, launches)
+            except RuntimeError as error:
+                refuse(measurement, failure(measurement.implementation, error))
+                continue
+            captured.append((measurement, candidate))
+        right = captured
 
         added: list[Measurement] = []
         for position, method in enumerate(self.settings.methods):
@@ -286,6 +300,21 @@ class Runner:
 
     def record(self, measurements: Sequence[Measurement]) -> None:
         self.run.measurements.extend(measurements)
+
+
+def failure(implementation: str, error: BaseException) -> str:
+    """A failed launch in one line: a wrong result where it is ours, an unavailable baseline otherwise."""
+    first_line = (str(error).strip().splitlines() or [""])[0][:200]
+    prefix = "WRONG: failed, " if implementation.startswith(OURS) else ""
+    return f"{prefix}{type(error).__name__}: {first_line}"
+
+
+def refuse(measurement: Measurement, reason: str) -> None:
+    """Notes why there is no speed to show."""
+    if reason.startswith("WRONG"):
+        measurement.check = reason
+    else:
+        measurement.unavailable = reason
 
 
 def _fill(measurement: Measurement, sample: timing.Sample) -> None:

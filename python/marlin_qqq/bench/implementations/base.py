@@ -57,22 +57,31 @@ class Context:
             self._weights[key] = make_packed_weights(problem, copies, self.device, self.generator)
         return self._weights[key]
 
-    def bias(self, out_features: int) -> torch.Tensor | None:
+    def bias(
+        self, out_features: int, dtype: torch.dtype | None = None, wanted: bool | None = None
+    ) -> torch.Tensor | None:
+        """The run's bias of the output's dtype, or None where there is none; ``wanted`` overrides the run's choice."""
         import torch
 
-        if not self.with_bias:
+        if not (self.with_bias if wanted is None else wanted):
             return None
         if out_features not in self._bias:
-            values = torch.randn(out_features, device=self.device, generator=self.generator)
-            self._bias[out_features] = values.to(self.dtype)
-        return self._bias[out_features]
+            self._bias[out_features] = torch.randn(out_features, device=self.device, generator=self.generator)
+        return self._bias[out_features].to(dtype or self.dtype)
 
-    def reference(self, problem: GemmProblem, activations: Activations) -> Reference:
+    def reference(
+        self,
+        problem: GemmProblem,
+        activations: Activations,
+        dtype: torch.dtype | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> Reference:
         """The exact output of the problem's first copies; computed once, shared by our variants."""
-        key = (problem.num_tokens, problem.out_features, problem.in_features, problem.group_size, id(activations))
+        dtype = dtype or self.dtype
+        shape = (problem.num_tokens, problem.out_features, problem.in_features, problem.group_size)
+        key = (shape, dtype, bias is None, id(activations))
         if key not in self._references:
-            weights, bias = self.packed_weights(problem), self.bias(problem.out_features)
-            reference = gemm_reference(problem, activations, weights, self.dtype, bias, self.device)
+            reference = gemm_reference(problem, activations, self.packed_weights(problem), dtype, bias, self.device)
             self._references[key] = (activations, reference)  # holding the activations keeps their id theirs
         return self._references[key][1]
 

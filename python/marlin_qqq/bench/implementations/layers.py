@@ -51,7 +51,8 @@ class MarlinLinear(MarlinGemm):
 
         # The reference quantises on the CPU: the layer is right only if both of its ops are.
         quantized, token_scale = quantize(activations.x[0].cpu())
-        reference = context.reference(problem, Activations([activations.x[0]], [quantized], [token_scale]))
+        first = Activations([activations.x[0]], [quantized], [token_scale])
+        reference = context.reference(problem, first, bias=bias)
         return Bound(launch, reference.compare, problem.bytes_moved + m * k, problem.operations)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from marlin_qqq.bench.implementations.base import Bound, Context, Implementation, Unavailable
 from marlin_qqq.bench.inputs import Activations
@@ -14,30 +15,46 @@ from marlin_qqq.bench.results import OURS
 DEFAULT_VARIANT = "default"
 
 
-def parse_variant(text: str) -> tuple[bool, dict[str, str]]:
-    """``"constant+tile:NAME"`` as (constant_weights, environment variables).
+@dataclass
+class Variant:
+    """How our op is called: arguments that differ from the run's, and environment variables for the planner."""
+
+    constant_weights: bool = False
+    with_bias: bool | None = None  # None: as the run
+    output_dtype: str | None = None  # None: as the run
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def parse_variant(text: str) -> Variant:
+    """``"constant+tile:NAME"`` as a Variant.
 
     Parts, joined by ``+``: ``default``, ``constant`` (constant_weights=True, as the linear layer calls the op),
-    ``sm80`` or ``sm90`` (the kernel family), ``tile:NAME``, ``split:COUNT``. Raises ValueError for anything else.
+    ``bias``, ``bf16`` (output type), ``sm80`` or ``sm90`` (the kernel family), ``tile:NAME``, ``split:COUNT``. Raises
+    ValueError for anything else.
     """
-    constant, environment = False, {}
+    variant = Variant()
     for part in text.split("+"):
         key, _, value = part.strip().partition(":")
         if key == DEFAULT_VARIANT and not value:
             continue
         if key == "constant" and not value:
-            constant = True
+            variant.constant_weights = True
+        elif key == "bias" and not value:
+            variant.with_bias = True
+        elif key == "bf16" and not value:
+            variant.output_dtype = "bfloat16"
         elif key in ("sm80", "sm90") and not value:
-            environment["MARLIN_QQQ_FAMILY"] = key
+            variant.environment["MARLIN_QQQ_FAMILY"] = key
         elif key == "tile" and value:
-            environment["MARLIN_QQQ_TILE"] = value
+            variant.environment["MARLIN_QQQ_TILE"] = value
         elif key == "split" and value.isdigit():
-            environment["MARLIN_QQQ_SPLIT"] = value
+            variant.environment["MARLIN_QQQ_SPLIT"] = value
         else:
             raise ValueError(
-                f"unknown variant {text!r}; parts, joined by '+': default, constant, sm80, sm90, tile:NAME, split:COUNT"
+                f"unknown variant {text!r}; parts, joined by '+': default, constant, bias, bf16, sm80, sm90, "
+                "tile:NAME, split:COUNT"
             )
-    return constant, environment
+    return variant
 
 
 @contextlib.contextmanager
@@ -59,7 +76,8 @@ class MarlinGemm(Implementation):
     """``torch.ops.marlin_qqq.marlin_qqq_gemm``, called directly with arguments made beforehand."""
 
     def __init__(self, variant: str, group_size: int) -> None:
-        self.constant_weights, self.environment = parse_variant(variant)
+        self.variant = parse_variant(variant)
+        self.environment = self.variant.environment
         self.name = OURS if variant == DEFAULT_VARIANT else f"{OURS}:{variant}"
         self.group_size: int = group_size
 
@@ -80,7 +98,8 @@ class MarlinGemm(Implementation):
 
         problem = self.with_group(problem)
         weights = context.packed_weights(problem)
-        bias = context.bias(problem.out_features)
+        output_dtype = getattr(torch, self.variant.output_dtype) if self.variant.output_dtype else context.dtype
+        bias = context.bias(problem.out_features, output_dtype, self.variant.with_bias)
         workspace = marlin_qqq.make_workspace(problem.out_features, context.device)
         op = torch.ops.marlin_qqq.marlin_qqq_gemm.default
         arguments = [
@@ -97,7 +116,7 @@ class MarlinGemm(Implementation):
             )
             for index in range(weights.copies * activations.copies)
         ]
-        keywords = {"bias": bias, "out_dtype": context.dtype, "constant_weights": self.constant_weights}
+        keywords = {"bias": bias, "out_dtype": output_dtype, "constant_weights": self.variant.constant_weights}
 
         def run(index: int) -> torch.Tensor:
             return op(*arguments[index % len(arguments)], **keywords)
@@ -113,7 +132,7 @@ class MarlinGemm(Implementation):
             if not self.environment:
                 raise
             raise Unavailable(str(error).splitlines()[0]) from None
-        reference = context.reference(problem, activations)
+        reference = context.reference(problem, activations, output_dtype, bias)
         return Bound(
             launch=launch,
             check=reference.compare,
