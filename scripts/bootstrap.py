@@ -2,8 +2,8 @@
 
     python3 scripts/bootstrap.py VENV [--editable EXTRAS] [requirement ...]
 
---editable also builds and installs this package in place, with the extras named (after the requirements, which its build
-needs).
+--editable also builds and installs this package in place, with the extras named (after the requirements, which its
+build needs).
 
 - Works where Debian's python3 has no pip, no venv package and no ensurepip: pip's own wheel is fetched from the index.
 - Installs with uv (fast) and, should that fail, with pip. Both take the index that pip is configured for.
@@ -147,7 +147,9 @@ def install(python, arguments):
 def install_system_packages():
     """Best effort: what apt has and PyPI has not."""
     missing = []
-    if not any(os.path.exists(os.path.join(root, "gtest", "gtest.h")) for root in ("/usr/include", "/usr/local/include")):
+    if not any(
+        os.path.exists(os.path.join(root, "gtest", "gtest.h")) for root in ("/usr/include", "/usr/local/include")
+    ):
         missing.append("libgtest-dev")
     if not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
         missing.append("python3-dev")
@@ -171,7 +173,9 @@ def install_system_packages():
 
 def main():
     if sys.version_info < (3, 10):
-        raise SystemExit("bootstrap: Python 3.10 or newer is needed, this is {}; set PYTHON=".format(sys.version.split()[0]))
+        raise SystemExit(
+            "bootstrap: Python 3.10 or newer is needed, this is {}; set PYTHON=".format(sys.version.split()[0])
+        )
     if len(sys.argv) < 2:
         raise SystemExit(__doc__)
     venv, requirements = sys.argv[1], sys.argv[2:]

@@ -2,8 +2,8 @@
 
     python scripts/check_ptxas.py BUILD_FOLDER
 
-keep_compiler_output.py leaves OBJECT.log beside every object that nvcc makes; compile_commands.json says which objects the
-build has now. A build without CUDA has none, which is reported and is no failure; a missing log is one.
+keep_compiler_output.py leaves OBJECT.log beside every object that nvcc makes; compile_commands.json says which objects
+the build has now. A build without CUDA has none, which is reported and is no failure; a missing log is one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import NamedTuple
 COMPILING = re.compile(r"Compiling entry function '(?P<kernel>[^']+)' for '(?P<architecture>[^']+)'")
 SPILLS = re.compile(r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (?P<registers>\d+) registers")
-# Warnings proper, and two losses that ptxas reports as mere information: wgmma serialised (C7510, C7512 and kin), setmaxnreg
-# ignored (C7508). Either costs a kernel much of its speed.
+# Warnings proper, and two losses that ptxas reports as mere information: wgmma serialised (C7510, C7512 and kin),
+# setmaxnreg ignored (C7508). Either costs a kernel much of its speed.
 WARNING = re.compile(r"ptxas.*\bwarning\b|\(C75\d\d\)|wgmma.*serializ|setmaxnreg.*ignored", re.IGNORECASE)
 
 

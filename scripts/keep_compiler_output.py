@@ -1,4 +1,4 @@
-"""Compile-rule launcher: run the compiler command that follows, keep what it printed in OBJECT.log, print only on failure.
+"""Compile-rule launcher: runs the compiler, keeps what it printed in OBJECT.log, prints only on failure.
 
 Usage: keep_compiler_output.py OBJECT COMMAND...
 """

@@ -106,8 +106,7 @@ PYBIND11_MODULE(_introspection, module) {
       .def("__repr__", [](const plan::Plan& plan) { return plan::to_string(plan); });
 
   py::class_<plan::TileDescription>(module, "TileDescription", "A row of the tile table.")
-      .def_property_readonly("family",
-                             [](const plan::TileDescription& tile) { return plan::family_name(tile.family); })
+      .def_property_readonly("family", [](const plan::TileDescription& tile) { return plan::family_name(tile.family); })
       .def_readonly("name", &plan::TileDescription::name)
       .def_readonly("tile_tokens", &plan::TileDescription::tile_tokens)
       .def_readonly("tile_features", &plan::TileDescription::tile_features)

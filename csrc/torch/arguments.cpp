@@ -41,8 +41,8 @@ void check_contiguous(const char* name, const Tensor& tensor) {
   if (tensor.is_contiguous()) return;
   std::ostringstream strides;
   for (int64_t i = 0; i < tensor.dim(); ++i) strides << (i == 0 ? "" : ", ") << tensor.stride(i);
-  fail(kGemm, name, " must be contiguous (row-major), got strides [", strides.str(), "] for shape ",
-       shape_name(tensor), "; pass ", name, ".contiguous()");
+  fail(kGemm, name, " must be contiguous (row-major), got strides [", strides.str(), "] for shape ", shape_name(tensor),
+       "; pass ", name, ".contiguous()");
 }
 
 const void* aligned_pointer(const char* name, const Tensor& tensor, int alignment) {
@@ -151,8 +151,7 @@ GemmCall check_gemm(const Tensor& a, const Tensor& b_q_weight, const Tensor& s_t
   call.packed_weight = static_cast<const int32_t*>(aligned_pointer("b_q_weight", b_q_weight, alignment));
   call.token_scale = static_cast<const float*>(s_tok.const_data_ptr());
   call.channel_scale = static_cast<const float*>(aligned_pointer("s_ch", s_ch, alignment));
-  call.group_scale =
-      grouped ? static_cast<const uint16_t*>(aligned_pointer("s_group", s_group, alignment)) : nullptr;
+  call.group_scale = grouped ? static_cast<const uint16_t*>(aligned_pointer("s_group", s_group, alignment)) : nullptr;
 
   call.bias = nullptr;
   if (bias.has_value()) {

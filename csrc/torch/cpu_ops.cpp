@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "cpu/kernels.h"
+#include "cpu/thread_pool.h"
 #include "format/limits.h"
 #include "torch/arguments.h"
 
@@ -14,6 +15,18 @@ namespace {
 using torch::headeronly::ScalarType;
 
 int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+// csrc/cpu runs on torch's own threads: see thread_pool.h.
+void lend_torch_threads(int threads, void (*body)(void*), void* context) {
+  torch::stable::parallel_for(0, threads, 1, [body, context](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(context);
+  });
+}
+
+[[maybe_unused]] const bool threads_are_lent = [] {
+  cpu::borrow_threads(lend_torch_threads);
+  return true;
+}();
 
 Tensor marlin_qqq_gemm_cpu(const Tensor& a, const Tensor& b_q_weight, const Tensor& s_tok, const Tensor& s_ch,
                            const Tensor& s_group, const Tensor& workspace, int64_t size_m, int64_t size_n,
@@ -72,8 +85,8 @@ void check_codes(const int8_t* codes, int64_t in_features, int64_t out_features)
   if (range.minimum >= format::kMinCode && range.maximum <= format::kMaxCode) return;
   for (int64_t i = 0; i < count; ++i) {
     if (codes[i] < format::kMinCode || codes[i] > format::kMaxCode) {
-      fail("pack_weight", "codes must be in [-8, 7], got ", static_cast<int>(codes[i]), " at [", i / out_features,
-           ", ", i % out_features, "]");
+      fail("pack_weight", "codes must be in [-8, 7], got ", static_cast<int>(codes[i]), " at [", i / out_features, ", ",
+           i % out_features, "]");
     }
   }
 }

@@ -1,5 +1,5 @@
-// The CUDA side of the two run-time ops: checks, device, stream, allocation, plan, launch. Built into the second library,
-// which is loaded only where torch has CUDA. Nothing here waits for the GPU, so CUDA graphs may capture it.
+// The CUDA side of the two run-time ops: checks, device, stream, allocation, plan, launch. Built into the second
+// library, which is loaded only where torch has CUDA. Nothing here waits for the GPU, so CUDA graphs may capture it.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -90,11 +90,11 @@ struct PlanOverrides {
 class PlanCache {
  public:
   const plan::Plan& get(const plan::Problem& problem, int32_t device_index) {
-    const uint64_t hash = mix(static_cast<uint64_t>(problem.num_tokens) * 0x9E3779B97F4A7C15u +
-                              static_cast<uint64_t>(problem.out_features) * 0xC2B2AE3D27D4EB4Fu +
-                              static_cast<uint64_t>(problem.in_features) * 0x165667B19E3779F9u +
-                              static_cast<uint64_t>(problem.group_size + 2) * 0x27D4EB2F165667C5u +
-                              static_cast<uint64_t>(device_index));
+    const uint64_t hash =
+        mix(static_cast<uint64_t>(problem.num_tokens) * 0x9E3779B97F4A7C15u +
+            static_cast<uint64_t>(problem.out_features) * 0xC2B2AE3D27D4EB4Fu +
+            static_cast<uint64_t>(problem.in_features) * 0x165667B19E3779F9u +
+            static_cast<uint64_t>(problem.group_size + 2) * 0x27D4EB2F165667C5u + static_cast<uint64_t>(device_index));
     Entry& entry = entries_[hash % entries_.size()];
     if (entry.device_index != device_index || entry.problem.num_tokens != problem.num_tokens ||
         entry.problem.out_features != problem.out_features || entry.problem.in_features != problem.in_features ||
@@ -152,14 +152,10 @@ Tensor marlin_qqq_gemm_cuda(const Tensor& a, const Tensor& b_q_weight, const Ten
     scratch = empty({plan->scratch_bytes}, dtype_codes().int8, call.device_type, call.device_index);
   }
   const cuda::GemmArguments arguments{
-      call.activations,
-      call.packed_weight,
-      call.token_scale,
-      call.channel_scale,
-      call.group_scale,
-      call.bias,
-      output.mutable_data_ptr(),
-      call.output_is_bfloat16 ? cuda::OutputType::kBFloat16 : cuda::OutputType::kFloat16,
+      call.activations,          call.packed_weight,
+      call.token_scale,          call.channel_scale,
+      call.group_scale,          call.bias,
+      output.mutable_data_ptr(), call.output_is_bfloat16 ? cuda::OutputType::kBFloat16 : cuda::OutputType::kFloat16,
       constant_weights,
   };
   check_cuda("marlin_qqq_gemm",

@@ -26,7 +26,8 @@ def _load() -> None:
         torch.ops.load_library(str(CPU_LIBRARY))
     except OSError as error:
         raise ImportError(
-            f"marlin_qqq: {CPU_LIBRARY} does not load beside torch {torch.__version__} (2.10 or newer is needed): {error}"
+            f"marlin_qqq: {CPU_LIBRARY} does not load beside torch {torch.__version__} "
+            f"(2.10 or newer is needed): {error}"
         ) from error
 
     if not CUDA_LIBRARY.exists():

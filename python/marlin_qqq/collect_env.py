@@ -1,6 +1,6 @@
-"""Everything a bug report needs, as text. Always prints, never raises: what cannot be found out is a line that says why.
+"""Everything a bug report needs, as text. Always prints, never raises: what cannot be found is a line that says why.
 
-    python -m marlin_qqq.collect_env        # the same as: marlin-qqq collect-env
+python -m marlin_qqq.collect_env        # the same as: marlin-qqq collect-env
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def _package() -> Iterable[Entry]:
     yield "version", _guarded(lambda: metadata.version("marlin-qqq"))
     yield "location", str(folder)
     for name in ("libmarlin_qqq.so", "libmarlin_qqq_cuda.so"):
-        yield name, _guarded(lambda name=name: _file(folder / name))
+        yield name, _guarded(partial(_file, folder / name))
     yield "build", _guarded(_build_info)
     yield "CUDA kernels", _guarded(_cuda_kernels)
 
@@ -101,9 +102,8 @@ def _cpu() -> str:
     model, flags = platform.processor() or platform.machine(), ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        fields = dict(
-            (part.strip() for part in line.split(":", 1)) for line in cpuinfo.read_text().splitlines() if ":" in line
-        )
+        lines = [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line]
+        fields = {name.strip(): value.strip() for name, value in lines}
         model = fields.get("model name", model)
         wanted = ("avx2", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
         known = f"{fields.get('flags', '')} {fields.get('Features', '')}".split()
@@ -153,7 +153,7 @@ def _self_test() -> Iterable[Entry]:
 
     devices = ["cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     for device in devices:
-        yield device, _guarded(lambda device=device: _small_product(device))
+        yield device, _guarded(partial(_small_product, device))
 
 
 def _small_product(device: str) -> str:
@@ -167,7 +167,9 @@ def _small_product(device: str) -> str:
     s_tok, s_ch = torch.ones(3, 1, device=device), torch.full((1, 64), 1 / 16, device=device)
     s_group = torch.empty(0, dtype=torch.float16, device=device)
     out = marlin_qqq_gemm(a, weight, s_tok, s_ch, s_group, make_workspace(64, device), 3, 64, 128)
-    return "ok" if bool((out == 128).all()) else f"WRONG RESULT: expected 128 everywhere, got {out.flatten()[:4].tolist()}"
+    return (
+        "ok" if bool((out == 128).all()) else f"WRONG RESULT: expected 128 everywhere, got {out.flatten()[:4].tolist()}"
+    )
 
 
 def _packages() -> Iterable[Entry]:

@@ -63,7 +63,7 @@ def candidates(
 
 
 def tile_table() -> list[TileDescription]:
-    """The tiles that are compiled in: ``family``, ``name``, ``tile_tokens``, ``tile_features``, ``stages``, ``threads``."""
+    """The compiled-in tiles: ``family``, ``name``, ``tile_tokens``, ``tile_features``, ``stages``, ``threads``."""
     return _module().tile_table()
 
 

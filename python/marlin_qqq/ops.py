@@ -1,9 +1,9 @@
 """The run-time ops: loads them, tells torch their shapes (fakes), and documents them as Python functions.
 
-``torch.ops.marlin_qqq.*`` are the ops themselves; the functions here only forward to them. What the numbers are, to the
-bit: docs/format.md. Environment variables that force a CUDA kernel's tile, read on every call:
-``MARLIN_QQQ_TILE`` (a name from :func:`marlin_qqq.tile_table`), ``MARLIN_QQQ_SPLIT`` (blocks that share an output tile),
-``MARLIN_QQQ_FAMILY`` (``sm80`` or ``sm90``). None of them changes a result.
+``torch.ops.marlin_qqq.*`` are the ops themselves; the functions here only forward to them. What the numbers are, to
+the bit: docs/format.md. Environment variables that force a CUDA kernel's tile, read on every call:
+``MARLIN_QQQ_TILE`` (a name from :func:`marlin_qqq.tile_table`), ``MARLIN_QQQ_SPLIT`` (blocks that share an output
+tile), ``MARLIN_QQQ_FAMILY`` (``sm80`` or ``sm90``). None of them changes a result.
 """
 
 from __future__ import annotations
@@ -96,32 +96,32 @@ def marlin_qqq_gemm(
 
         out[m, n] = round(fp32(fp32(sum_k a[m, k] * W8[k, n]) * s_ch[n]) * s_tok[m] [+ bias[n]])
 
-    The sum is exact (int32), the epilogue is fp32 with one rounding to the output's type: every device, kernel and batch
-    size gives the same bits. Nothing waits for the GPU; CUDA graphs may capture it; the current stream is used. The first
-    nine arguments are those of the op that vLLM had built in under this name.
+    The sum is exact (int32), the epilogue is fp32 with one rounding to the output's type: every device, kernel and
+    batch size gives the same bits. Nothing waits for the GPU; CUDA graphs may capture it; the current stream is used.
+    The first nine arguments are those of the op that vLLM had built in under this name.
 
     Args:
         a: int8 ``[num_tokens, in_features]``, contiguous; ``in_features`` a multiple of 128 and below 132104. Any
             ``num_tokens`` from 0 up.
-        b_q_weight: int32 ``[in_features / 16, 2 * out_features]`` from :func:`marlin_qqq.pack_weight`; ``out_features`` a
-            multiple of 64.
+        b_q_weight: int32 ``[in_features / 16, 2 * out_features]`` from :func:`marlin_qqq.pack_weight`;
+            ``out_features`` a multiple of 64.
         s_tok: fp32, ``num_tokens`` values: one scale a row of ``a``.
         s_ch: fp32, ``out_features`` values in stored order (:func:`marlin_qqq.permute_channel_scale`).
-        s_group: fp16 ``[in_features / 128, out_features]`` in stored order (:func:`marlin_qqq.permute_group_scale`) for
-            group size 128; a tensor without values for per-channel weights. ``|code * s_group| <= 127`` is the caller's
-            to ensure (:func:`marlin_qqq.check_and_repair`).
-        workspace: int32, at least ``out_features / 64 * 16`` zeros (:func:`make_workspace`). These kernels do not use it, so
-            streams may share one.
+        s_group: fp16 ``[in_features / 128, out_features]`` in stored order (:func:`marlin_qqq.permute_group_scale`)
+            for group size 128; a tensor without values for per-channel weights. ``|code * s_group| <= 127`` is the
+            caller's to ensure (:func:`marlin_qqq.check_and_repair`).
+        workspace: int32, at least ``out_features / 64 * 16`` zeros (:func:`make_workspace`). These kernels do not use
+            it, so streams may share one.
         size_m: ``num_tokens``.
         size_n: ``out_features``.
         size_k: ``in_features``.
         bias: ``out_features`` values of the output's dtype in natural order, added in fp32 before the rounding.
         out_dtype: ``torch.float16`` (None means the same) or ``torch.bfloat16``.
-        constant_weights: promises that no kernel still running writes the weights, scales or bias, so that a CUDA kernel may
-            fetch them before the kernel ahead of it has finished. Leave it False when in doubt.
+        constant_weights: promises that no kernel still running writes the weights, scales or bias, so that a CUDA
+            kernel may fetch them before the kernel ahead of it has finished. Leave it False when in doubt.
 
-    All tensors are on one device. On CUDA all but ``s_tok`` must start at a multiple of 16 bytes: a misaligned tensor is
-    refused, not copied.
+    All tensors are on one device. On CUDA all but ``s_tok`` must start at a multiple of 16 bytes: a misaligned tensor
+    is refused, not copied.
 
     Returns:
         ``[num_tokens, out_features]`` of ``out_dtype``.
@@ -135,7 +135,8 @@ def marlin_qqq_gemm(
         >>> packed = marlin_qqq.quantize_weight(weight, group_size=128)
         >>> a, s_tok = marlin_qqq.quantize_per_token(torch.randn(3, 128))
         >>> workspace = marlin_qqq.make_workspace(256, "cpu")
-        >>> marlin_qqq.marlin_qqq_gemm(a, packed.B, s_tok, packed.s_channel, packed.s_group, workspace, 3, 256, 128).shape
+        >>> weights = packed.B, s_tok, packed.s_channel, packed.s_group
+        >>> marlin_qqq.marlin_qqq_gemm(a, *weights, workspace, 3, 256, 128).shape
         torch.Size([3, 256])
     """
     return torch.ops.marlin_qqq.marlin_qqq_gemm(
@@ -157,14 +158,14 @@ def marlin_qqq_gemm(
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows to int8 with one fp32 scale each, symmetric: ``x`` is about ``quantized * scale``.
 
-    ``scale = amax / 127`` and ``quantized = round_half_even(x * (127 / amax))`` with ``amax = max |row|``, all in fp32: the
-    same bits on CPU and GPU. A row of zeros (or so small that ``127 / amax`` is not finite) gives zeros and scale 0; a row
-    that holds a NaN or an infinity gives zeros and scale NaN, which makes the product's row NaN. This is what callers know
-    as vLLM's ``scaled_int8_quant(x)``.
+    ``scale = amax / 127`` and ``quantized = round_half_even(x * (127 / amax))`` with ``amax = max |row|``, all in
+    fp32: the same bits on CPU and GPU. A row of zeros (or so small that ``127 / amax`` is not finite) gives zeros and
+    scale 0; a row that holds a NaN or an infinity gives zeros and scale NaN, which makes the product's row NaN. This
+    is what callers know as vLLM's ``scaled_int8_quant(x)``.
 
     Args:
-        x: fp16, bf16 or fp32 ``[..., in_features]``, at least 1-D. Rows may lie apart; a layout that is not evenly spaced rows
-            is copied first.
+        x: fp16, bf16 or fp32 ``[..., in_features]``, at least 1-D. Rows may lie apart; a layout that is not evenly
+            spaced rows is copied first.
 
     Returns:
         ``(quantized, scale)``: int8 of ``x``'s shape, contiguous, and fp32 ``[..., 1]``.

@@ -1,4 +1,4 @@
-"""Both ops to the bit: against the int64 reference on every device, the specification's points, what must not matter."""
+"""Both ops to the bit: the int64 reference on every device, the specification's points, what must not matter."""
 
 from __future__ import annotations
 
@@ -97,9 +97,7 @@ def test_gemm_product_out_of_range_wraps(device):
     """Products of 127.5 < |code * s_group| <= 512 give the rounded product modulo 256, on every device."""
     problem = reference.random_problem(9, 64, 128, 128, seed=6)
     scale = (torch.rand(1, 64, generator=torch.Generator().manual_seed(7)) * 64).half()
-    problem = problem._replace(
-        group_scale=scale, s_group=reference.store(scale, reference.stored_group_column(64))
-    )
+    problem = problem._replace(group_scale=scale, s_group=reference.store(scale, reference.stored_group_column(64)))
     product = problem.codes.float() * scale.float()
     assert (product.abs() > 128).any()
     assert torch.equal(run(problem, device), reference.gemm(problem))
@@ -285,9 +283,7 @@ def test_packed_position_of_the_specifications_points(k, n, row, word, per_chann
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    out_tiles=st.integers(1, 5), in_tiles=st.integers(1, 5), group_size=st.sampled_from(GROUP_SIZES), data=st.data()
-)
+@given(out_tiles=st.integers(1, 5), in_tiles=st.integers(1, 5), group_size=st.sampled_from(GROUP_SIZES), data=st.data())
 def test_packing_commutes_with_slicing_and_concatenation(out_tiles, in_tiles, group_size, data):
     step = 16 if group_size == -1 else 128
     codes = torch.randint(-8, 8, (step * in_tiles, 64 * out_tiles), dtype=torch.int8)

@@ -24,7 +24,11 @@ MISTAKES: dict[str, tuple[str, Change, str]] = {
     "s_ch dtype": ("s_ch", lambda c: c["s_ch"].double(), "s_ch must be float32, got float64"),
     "s_group dtype": ("s_group", lambda c: c["s_group"].bfloat16(), "s_group must be float16, got bfloat16"),
     "workspace dtype": ("workspace", lambda c: c["workspace"].float(), "workspace must be int32, got float32"),
-    "a rank": ("a", lambda c: c["a"][None], "a must have 2 dimensions, [num_tokens, in_features], got shape [1, 5, 256]"),
+    "a rank": (
+        "a",
+        lambda c: c["a"][None],
+        "a must have 2 dimensions, [num_tokens, in_features], got shape [1, 5, 256]",
+    ),
     "b rank": ("b_q_weight", lambda c: c["b_q_weight"].flatten(), "b_q_weight must have 2 dimensions"),
     "a columns": ("a", lambda c: c["a"][:, :100].contiguous(), "must be a positive multiple of 128, got 100"),
     "a no columns": ("a", lambda c: c["a"][:, :0], "must be a positive multiple of 128, got 0"),
@@ -65,7 +69,11 @@ MISTAKES: dict[str, tuple[str, Change, str]] = {
     "s_ch strides": ("s_ch", lambda c: c["s_ch"].repeat(1, 2)[:, ::2], "s_ch must be contiguous"),
     "s_group strides": ("s_group", lambda c: c["s_group"].t().contiguous().t(), "s_group must be contiguous"),
     "bias dtype": ("bias", lambda c: c["s_ch"][0], "bias must have the output's dtype, float16, got float32"),
-    "bias count": ("bias", lambda c: c["s_ch"][0, :64].half(), "bias must hold out_features = 128 values, got shape [64]"),
+    "bias count": (
+        "bias",
+        lambda c: c["s_ch"][0, :64].half(),
+        "bias must hold out_features = 128 values, got shape [64]",
+    ),
     "bias strides": ("bias", lambda c: c["s_ch"][0].half().repeat(2)[::2], "bias must be contiguous"),
     "out_dtype": ("out_dtype", lambda c: torch.float32, "out_dtype must be float16 or bfloat16, got torch's Float"),
 }
@@ -95,7 +103,7 @@ def test_gemm_refuses_in_features_that_could_overflow():
     in_features = 132224  # the first multiple of 128 from 132104 up
     call = good_call("cpu")
     call |= {"a": torch.zeros(1, in_features, dtype=torch.int8), "size_m": 1, "size_k": in_features}
-    with pytest.raises(RuntimeError, match="in_features .* must be below 132104, where the int32 sum .* got 132224"):
+    with pytest.raises(RuntimeError, match=r"in_features .* must be below 132104, where the int32 sum .* got 132224"):
         marlin_qqq_gemm(**call)
 
 
@@ -109,7 +117,7 @@ def test_gemm_accepts_the_largest_in_features():
 def test_gemm_refuses_mixed_devices(name):
     call = good_call("cuda")
     call[name] = torch.zeros(128).half() if name == "bias" else call[name].cpu()
-    with pytest.raises(RuntimeError, match="must be on the device of a, c.*, got c"):
+    with pytest.raises(RuntimeError, match=r"must be on the device of a, c.*, got c"):
         marlin_qqq_gemm(**call)
     assert torch.equal(marlin_qqq_gemm(**good_call("cuda")).cpu(), expected("cuda"))
 
@@ -159,15 +167,24 @@ PACKING_MISTAKES = {
         lambda: ops.pack_weight(CODES[:112], 128),
         r"in_features must be a positive multiple of 128 \(group_size 128\), got 112",
     ),
-    "out_features": (lambda: ops.pack_weight(CODES[:, :32], -1), "out_features must be a positive multiple of 64, got 32"),
+    "out_features": (
+        lambda: ops.pack_weight(CODES[:, :32], -1),
+        "out_features must be a positive multiple of 64, got 32",
+    ),
     "packed dtype": (lambda: ops.unpack_weight(PACKED.long(), -1), "unpack_weight: packed must be int32, got int64"),
     "packed rank": (lambda: ops.unpack_weight(PACKED[0], -1), "unpack_weight: packed must have 2 dimensions"),
     "packed odd": (lambda: ops.unpack_weight(PACKED[:, :127], -1), r"must be 2 \* out_features, got 127"),
-    "packed width": (lambda: ops.unpack_weight(PACKED[:, :64], -1), "out_features must be a positive multiple of 64, got 32"),
+    "packed width": (
+        lambda: ops.unpack_weight(PACKED[:, :64], -1),
+        "out_features must be a positive multiple of 64, got 32",
+    ),
     "unpack group size": (lambda: ops.unpack_weight(PACKED, 0), "unpack_weight: group_size must be 128 or -1"),
     "group scale width": (lambda: ops.permute_group_scale(torch.zeros(96)), "must be a multiple of 64, got 96"),
     "channel scale width": (lambda: ops.permute_channel_scale(torch.zeros(40)), "must be a multiple of 32, got 40"),
-    "scale dtype": (lambda: ops.permute_group_scale(torch.zeros(64).double()), "elements of 2 or 4 bytes .* got float64"),
+    "scale dtype": (
+        lambda: ops.permute_group_scale(torch.zeros(64).double()),
+        "elements of 2 or 4 bytes .* got float64",
+    ),
     "scale rank": (lambda: ops.unpermute_group_scale(torch.tensor(1.0)), "scale must have at least 1 dimension"),
 }
 

@@ -96,7 +96,7 @@ def test_compile_without_recompiles(device, backend):
 
 
 def test_importing_either_way_registers_the_ops():
-    """Documented: with the first use of a name, or at once where torch is there already; __init__ alone loads no torch."""
+    """With the first use of a name, or at once where torch is there already; __init__ alone loads no torch."""
     for code in (
         "import torch, marlin_qqq; torch.ops.marlin_qqq.marlin_qqq_gemm",
         "import marlin_qqq, sys; assert 'torch' not in sys.modules; marlin_qqq.pack_weight; import torch; "
