@@ -138,11 +138,18 @@ class ThreadPool {
 // Never destroyed: workers may outlive static destruction.
 std::atomic<ThreadPool*> current_pool{nullptr};
 std::mutex* creation_mutex = new std::mutex;
+std::atomic<ThreadLender> current_lender{nullptr};
 
 // A forked child has only the thread that forked: the parent's pool, whatever state its mutex is in, is left alone.
 void forget_pool_in_child() {
   current_pool.store(nullptr);
+  current_lender.store(nullptr);
   creation_mutex = new std::mutex;
+}
+
+void watch_forks() {
+  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool_in_child);
+  (void)registered;
 }
 
 ThreadPool& pool() {
@@ -153,8 +160,7 @@ ThreadPool& pool() {
   const std::lock_guard<std::mutex> lock(*creation_mutex);
   existing = current_pool.load(std::memory_order_acquire);
   if (existing == nullptr) {
-    static const int registered = pthread_atfork(nullptr, nullptr, forget_pool_in_child);
-    (void)registered;
+    watch_forks();
     existing = new ThreadPool;
     current_pool.store(existing, std::memory_order_release);
   }
@@ -162,6 +168,11 @@ ThreadPool& pool() {
 }
 
 }  // namespace
+
+void borrow_threads(ThreadLender lender) {
+  watch_forks();
+  current_lender.store(lender);
+}
 
 void parallel_for(int64_t num_tasks, int num_threads, void (*task)(void* context, int64_t index), void* context) {
   if (num_tasks <= 0) {
@@ -172,6 +183,9 @@ void parallel_for(int64_t num_tasks, int num_threads, void (*task)(void* context
   Job job{task, context, num_tasks, static_cast<int>(std::max<int64_t>(workers, 0))};
   if (job.wanted_workers == 0) {
     job.work();
+  } else if (const ThreadLender lender = current_lender.load()) {
+    lender(
+        job.wanted_workers + 1, [](void* borrowed) { static_cast<Job*>(borrowed)->work(); }, &job);
   } else {
     pool().run(job);
   }

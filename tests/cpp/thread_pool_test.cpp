@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <mutex>
 #include <set>
 #include <thread>
 #include <vector>
@@ -97,6 +98,53 @@ TEST(ParallelFor, WorksInAForkedChild) {
     ASSERT_EQ(WEXITSTATUS(status), 0);
   }
   ASSERT_EQ(visits(100, 4), std::vector<int>(100, 1));
+}
+
+// A lender that runs the body on two threads of its own and counts its calls.
+std::atomic<int> loans{0};
+void lend_two_threads(int /*num_threads*/, void (*body)(void*), void* context) {
+  loans.fetch_add(1);
+  std::thread other(body, context);
+  body(context);
+  other.join();
+}
+// A lender without threads to spare (torch's inside a parallel region): the caller does it all.
+void lend_nothing(int /*num_threads*/, void (*body)(void*), void* context) {
+  loans.fetch_add(1);
+  body(context);
+}
+
+TEST(ParallelFor, BorrowsThreads) {
+  for (const cpu::ThreadLender lender : {lend_two_threads, lend_nothing}) {
+    loans.store(0);
+    cpu::borrow_threads(lender);
+    EXPECT_EQ(visits(100, 4), std::vector<int>(100, 1));
+    EXPECT_EQ(loans.load(), 1);
+    EXPECT_EQ(visits(100, 1), std::vector<int>(100, 1));
+    EXPECT_EQ(loans.load(), 1) << "one thread needs no loan";
+    cpu::borrow_threads(nullptr);
+    EXPECT_EQ(visits(100, 4), std::vector<int>(100, 1));
+    EXPECT_EQ(loans.load(), 1);
+  }
+}
+
+// The lender's threads do not survive a fork.
+TEST(ParallelFor, AForkedChildDoesNotBorrow) {
+  loans.store(0);
+  cpu::borrow_threads(lend_two_threads);
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    alarm(20);
+    const bool right = visits(100, 4) == std::vector<int>(100, 1) && loans.load() == 0;
+    _exit(right ? 0 : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << "status " << status;
+  EXPECT_EQ(visits(100, 4), std::vector<int>(100, 1));
+  EXPECT_EQ(loans.load(), 1) << "the parent still borrows";
+  cpu::borrow_threads(nullptr);
 }
 
 // Forks while another thread is inside the pool.
