@@ -10,7 +10,7 @@ from torch import Tensor
 from marlin_qqq.packing import GROUP_SIZE
 
 # Rows are quantised in chunks of about this many weights, so that temporaries stay in the cache.
-_CHUNK_WEIGHTS = 1 << 20
+_CHUNK_WEIGHTS = 1 << 18
 # Clip search: scales of this many ratios between the full range and the smallest ratio are compared. Normally
 # distributed weights lose least at about 0.6 (4096 inputs a scale) to 0.9 (128 inputs a scale) of their largest value.
 _CLIP_STEPS = 40
@@ -25,7 +25,7 @@ def code_range(group_size: int) -> tuple[int, int]:
 def round_to_codes(weight: Tensor, scale: Tensor, group_size: int) -> Tensor:
     """``clamp(round_half_even(weight / scale))`` as fp32; 0 where the scale is 0. ``scale`` broadcasts."""
     low, high = code_range(group_size)
-    codes = torch.where(scale > 0, weight / scale, 0.0)
+    codes = weight / torch.where(scale > 0, scale, 1.0)  # a scale of 0 is that of weights too small to count
     return codes.round_().clamp_(low, high)
 
 
