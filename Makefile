@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 PY_NEWEST := $(VENV_NEWEST)/bin/python
 BUILD = build/cmake-$(shell $(PY) -c 'import sys; print(sys.implementation.cache_tag)')
 CPP_SOURCES = git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.h' 'tests/cpp/*.cpp'
-export CMAKE_ARGS := -DMARLIN_QQQ_BUILD_TESTS=ON $(CMAKE_ARGS)
+WITH_TESTS = CMAKE_ARGS="-DMARLIN_QQQ_BUILD_TESTS=ON $(CMAKE_ARGS)"
 export MAX_JOBS
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
@@ -32,11 +32,11 @@ help:
 # Set-up
 
 $(VENV)/.ready: pyproject.toml scripts/bootstrap.py
-	$(PYTHON) scripts/bootstrap.py $(VENV) --editable dev torch==$(TORCH)
+	$(WITH_TESTS) $(PYTHON) scripts/bootstrap.py $(VENV) --editable dev torch==$(TORCH)
 	@touch $@
 
 build: $(VENV)/.ready
-	@$(PY) -W ignore setup.py -q build_ext --inplace
+	@$(WITH_TESTS) $(PY) -W ignore setup.py -q build_ext --inplace
 
 $(VENV_NEWEST)/.ready: scripts/bootstrap.py
 	$(PYTHON) scripts/bootstrap.py $(VENV_NEWEST) torch pytest hypothesis numpy
