@@ -13,7 +13,7 @@ from marlin_qqq.checkpoint.config import read_json_object
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.reader import Checkpoint, QuantizedModule
 from marlin_qqq.checkpoint.tensors import TensorFolder
-from marlin_qqq.convert.source import linear_layers
+from marlin_qqq.convert.source import build_empty_model, linear_modules
 from marlin_qqq.linear import round_up
 from marlin_qqq.packing import IN_FEATURES_MULTIPLE, OUT_FEATURES_MULTIPLE
 from marlin_qqq.quantization import dequantize_weight
@@ -117,12 +117,13 @@ def _architecture_problems(checkpoint: Checkpoint) -> list[str]:
         return [f"{directory} has no config.json, so no loader knows the model's architecture"]
     config = read_json_object(directory / "config.json")
     config.pop("quantization_config", None)
-    expected = linear_layers(config, directory)
+    expected = linear_modules(build_empty_model(config, directory))
     tied = {"lm_head"} if config.get("tie_word_embeddings") else set()
     problems = [
         f"{name} is quantised, but the model has no such layer" for name in checkpoint.modules if name not in expected
     ]
-    for name, (out_features, in_features) in expected.items():
+    for name, layer in expected.items():
+        out_features, in_features = layer.out_features, layer.in_features
         module = checkpoint.modules.get(name)
         if module is not None:
             padded = (round_up(in_features, IN_FEATURES_MULTIPLE), round_up(out_features, OUT_FEATURES_MULTIPLE))

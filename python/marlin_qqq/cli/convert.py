@@ -31,7 +31,7 @@ def command(
     calibration_length: Annotated[int, typer.Option(help="Tokens a calibration sequence.")] = 512,
     skip: Annotated[
         list[str] | None,
-        typer.Option(help="Module to leave as it is, besides lm_head: a name or dotted part of one."),
+        typer.Option(help="Module to leave as it is, besides the output embeddings: a name or dotted part of one."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of what is not quantised: auto, float16 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="Where quantisation computes: cpu or cuda.")] = "cpu",
@@ -52,7 +52,7 @@ def command(
         calibration=calibration,
         num_samples=calibration_samples,
         sequence_length=calibration_length,
-        skip=("lm_head", *(skip or ())),
+        skip=tuple(skip or ()),
         dtype=dtype,  # type: ignore[arg-type]
         max_shard_bytes=parse_size(max_shard_size),
         device=device,

@@ -31,7 +31,7 @@ class ConversionOptions:
         clip: search scales that clip the largest weights for less squared error.
         calibration: UTF-8 text for "gptq".
         num_samples, sequence_length: how much of the text is used.
-        skip: modules to leave as they are.
+        skip: modules to leave as they are, besides the output embeddings: names or whole dotted parts of names.
         dtype: of the tensors that are not quantised; "auto" keeps float16 and bfloat16 and turns float32 into float16.
         max_shard_bytes: a larger output is split.
         device: where quantisation computes.
@@ -43,7 +43,7 @@ class ConversionOptions:
     calibration: Path | None = None
     num_samples: int = 128
     sequence_length: int = 512
-    skip: tuple[str, ...] = ("lm_head",)
+    skip: tuple[str, ...] = ()
     dtype: OutputDtype = "auto"
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     device: str = "cpu"
@@ -201,10 +201,11 @@ def _output_dtype(source: Source, wanted: OutputDtype) -> torch.dtype:
 
 
 def _skip_list(source: Source, options: ConversionOptions) -> tuple[str, ...]:
+    if source.checkpoint is not None:
+        return source.checkpoint.settings.modules_to_not_convert
     # Loaders decide by name: what was skipped because of its size must be named too.
-    named = {name for name, reason in source.skipped.items() if not reason.startswith("named by skip")}
-    kept = source.checkpoint.settings.modules_to_not_convert if source.checkpoint is not None else options.skip
-    return tuple(dict.fromkeys((*kept, *sorted(named, key=natural_key))))
+    unnamed = {name for name, reason in source.skipped.items() if not reason.startswith("named by skip")}
+    return tuple(dict.fromkeys((source.output_embeddings, *options.skip, *sorted(unnamed, key=natural_key))))
 
 
 def _count(shape: tuple[int, ...]) -> int:

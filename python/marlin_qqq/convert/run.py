@@ -246,12 +246,15 @@ def _claim(folder: Path, plan: ConversionPlan) -> Iterator[None]:
         except OSError as error:
             raise CheckpointError(f"another process is writing {folder}") from error
         if state_path.exists():
-            if read_json_object(state_path).get("fingerprint") != fingerprint:
+            if read_json_object(state_path).get("fingerprint") == fingerprint:
+                logger.info("going on with the unfinished conversion in %s", folder)
+            elif any(folder.glob("*.safetensors")):
                 raise CheckpointError(
                     f"{folder} holds an unfinished conversion of another source or with other options; remove it, or "
                     "pass restart"
                 )
-            logger.info("going on with the unfinished conversion in %s", folder)
+            else:  # nothing is lost
+                write_json(state_path, {"fingerprint": fingerprint})
         elif any(folder.iterdir()):
             raise CheckpointError(
                 f"{folder} exists and is no unfinished conversion; remove it or name another destination"

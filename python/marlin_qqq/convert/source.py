@@ -43,6 +43,7 @@ class Source:
         config: config.json without quantization_config.
         layers: linear layers to quantise, in natural order of their names.
         skipped: linear layers that stay as they are -> the reason.
+        output_embeddings: the layer that makes logits, which always stays as it is.
         others: tensors that are copied.
         group_size: of a "gptq" or "qqq" source.
     """
@@ -57,6 +58,7 @@ class Source:
     group_size: int | None = None
     quantization_config: dict[str, Any] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
+    output_embeddings: str = "lm_head"
 
     @property
     def gptq_format(self) -> Literal["gptq", "gptq_v2"]:
@@ -69,12 +71,12 @@ class Source:
         return name
 
 
-def open_source(directory: Path, skip: Iterable[str] = ("lm_head",)) -> Source:
+def open_source(directory: Path, skip: Iterable[str] = ()) -> Source:
     """Looks at a model folder.
 
     Args:
         directory: a Hugging Face folder with config.json and safetensors.
-        skip: modules to leave as they are: names, or dotted parts of names ("lm_head", "layers.0", "down_proj").
+        skip: modules to leave as they are: names, or dotted parts of names ("layers.0", "down_proj").
 
     Raises:
         CheckpointError: no config, no safetensors, another quantisation method, or an architecture that Transformers
@@ -101,10 +103,13 @@ def open_source(directory: Path, skip: Iterable[str] = ("lm_head",)) -> Source:
 
 
 def _float_source(directory: Path, config: dict[str, Any], folder: TensorFolder, skip: tuple[str, ...]) -> Source:
-    layers, skipped = {}, {}
-    for name, (out_features, in_features) in sorted(
-        linear_layers(config, directory).items(), key=lambda x: natural_key(x[0])
-    ):
+    model = build_empty_model(config, directory)
+    head = model.get_output_embeddings()
+    layers, skipped, output_embeddings = {}, {}, "lm_head"
+    for name, module in sorted(linear_modules(model).items(), key=lambda item: natural_key(item[0])):
+        out_features, in_features = module.out_features, module.in_features
+        if module is head:
+            output_embeddings = name
         info = folder.tensors.get(f"{name}.weight")
         if info is None:
             continue  # tied to another tensor, or a part that the folder does not hold
@@ -114,6 +119,8 @@ def _float_source(directory: Path, config: dict[str, Any], folder: TensorFolder,
                 f"[{out_features}, {in_features}]"
             )
         reason = _reason_to_skip(name, in_features, out_features, skip)
+        if module is head:
+            reason = "output embeddings"
         if reason:
             skipped[name] = reason
             continue
@@ -121,7 +128,8 @@ def _float_source(directory: Path, config: dict[str, Any], folder: TensorFolder,
         if f"{name}.bias" in folder:
             parts["bias"] = f"{name}.bias"
         layers[name] = LinearLayer(name, in_features, out_features, parts)
-    return _finish(Source(directory, "float", config, folder, layers, skipped, []))
+    source = Source(directory, "float", config, folder, layers, skipped, [], output_embeddings=output_embeddings)
+    return _finish(source)
 
 
 def _gptq_source(
@@ -165,21 +173,16 @@ def _qqq_source(directory: Path, config: dict[str, Any], folder: TensorFolder) -
     return _finish(Source(directory, "qqq", config, folder, layers, {}, [], size, checkpoint=checkpoint))
 
 
-def linear_layers(config: Mapping[str, Any], directory: Path) -> dict[str, tuple[int, int]]:
-    """The nn.Linear layers of the architecture that `config` describes: name -> (out_features, in_features).
-
-    The model is built without weights, from Transformers' own code; code that a folder brings along is not run.
-    """
-    model = build_empty_model(config, directory)
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
+def linear_modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """The linear layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
 
 
 def build_empty_model(config: Mapping[str, Any], directory: Path) -> Any:
-    """The causal language model that `config` describes, on the meta device."""
+    """The causal language model that `config` describes, on the meta device.
+
+    It is Transformers' own code: code that a folder brings along is not run.
+    """
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:

@@ -1,0 +1,300 @@
+"""The converter on tiny float models: every family, streaming, resuming, refusals."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from folders import FAMILIES, VOCABULARY, rewrite_config, rewrite_tensors, save_float_folder
+
+from marlin_qqq import quantize_model
+from marlin_qqq.checkpoint import Checkpoint, CheckpointError, TensorFolder, load_quantized_model
+from marlin_qqq.checkpoint.writer import partial_directory
+from marlin_qqq.convert import ConversionOptions, ConversionPlan, convert, plan_conversion, run_conversion
+from marlin_qqq.quantization import quantize_weight
+
+TOKENS = torch.arange(40)[None] * 5 % VOCABULARY
+TEXT = Path(__file__).read_text()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are so small that a second thread costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    save_float_folder(tmp_path / "float")
+    return tmp_path / "float"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path / "text.txt"
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(TOKENS).logits
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("group_size", "clip"), [(128, True), (-1, False)])
+def test_equals_quantising_in_memory(tmp_path: Path, family: str, group_size: int, clip: bool) -> None:
+    model = save_float_folder(tmp_path / "float", family, tie_word_embeddings=family == "qwen3")
+    result = convert(tmp_path / "float", tmp_path / "q", group_size=group_size, clip=clip)
+    assert result.quantized_layers == 14
+    reference = quantize_model(model, group_size, "mse" if clip else "rtn")
+    assert torch.equal(logits(load_quantized_model(tmp_path / "q")), logits(reference))
+
+
+def test_layout_is_handh1998s(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "q", group_size=-1)
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    assert config["quantization_config"] == {
+        "quant_method": "qqq",
+        "wbits": 4,
+        "group_size": -1,
+        "modules_to_not_convert": ["lm_head"],
+    }
+    tensors = TensorFolder(tmp_path / "q").tensors
+    layer = {name.rpartition(".")[2] for name in tensors if name.startswith("model.layers.0.mlp.up_proj.")}
+    assert layer == {"B", "s_channel"}
+    assert tensors["model.layers.0.mlp.up_proj.B"].shape == (128 // 16, 2 * 256)
+    original = TensorFolder(source)
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.1.input_layernorm.weight"):
+        assert torch.equal(TensorFolder(tmp_path / "q").read(name), original.read(name))
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "q" / name).read_bytes() == (source / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "q"]
+
+
+def test_shards_in_and_out(tmp_path: Path) -> None:
+    save_float_folder(tmp_path / "float", max_shard_size="200KB")
+    assert len(TensorFolder(tmp_path / "float").files) > 3
+    convert(tmp_path / "float", tmp_path / "q", group_size=128, max_shard_bytes=100_000)
+    convert(tmp_path / "float", tmp_path / "whole", group_size=128)
+    split, whole = TensorFolder(tmp_path / "q"), TensorFolder(tmp_path / "whole")
+    assert len(split.files) > 2 and len(whole.files) == 1
+    assert all(file.stat().st_size < 110_000 for file in split.files)
+    assert split.tensors.keys() == whole.tensors.keys()
+    assert all(torch.equal(split.read(name), whole.read(name)) for name in split.tensors)
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "expected"),
+    [
+        (torch.float32, "auto", torch.float16),
+        (torch.bfloat16, "auto", torch.bfloat16),
+        (torch.float16, "bfloat16", torch.bfloat16),
+    ],
+)
+def test_dtypes(tmp_path: Path, stored: torch.dtype, wanted: str, expected: torch.dtype) -> None:
+    model = save_float_folder(tmp_path / "float", "qwen2", dtype=stored)
+    convert(tmp_path / "float", tmp_path / "q", group_size=128, clip=False, dtype=wanted)
+    written = TensorFolder(tmp_path / "q")
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"):
+        assert torch.equal(written.read(name), model.state_dict()[name].to(expected))
+    # Codes and scales come from the stored weight, not from a rounded one.
+    weight = quantize_weight(model.get_submodule("model.layers.1.mlp.down_proj").weight, 128)
+    assert torch.equal(written.read("model.layers.1.mlp.down_proj.B"), weight.B)
+    assert json.loads((tmp_path / "q" / "config.json").read_text())["dtype"] == str(expected).removeprefix("torch.")
+    assert load_quantized_model(tmp_path / "q").dtype == expected
+
+
+def test_value_beyond_float16_is_refused(tmp_path: Path) -> None:
+    save_float_folder(tmp_path / "float", dtype=torch.float32)
+    rewrite_tensors(tmp_path / "float", {"model.norm.weight": torch.full((128,), 1e6)})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*bfloat16"):
+        convert(tmp_path / "float", tmp_path / "q")
+    convert(tmp_path / "float", tmp_path / "q", dtype="bfloat16")
+
+
+def test_skipped_modules(tmp_path: Path) -> None:
+    model = save_float_folder(tmp_path / "float")
+    convert(tmp_path / "float", tmp_path / "q", group_size=128, clip=False, skip=("layers.0", "down_proj"))
+    checkpoint = Checkpoint(tmp_path / "q")
+    assert list(checkpoint.modules) == [
+        f"model.layers.1.{part}"
+        for part in ("mlp.gate_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj")
+    ] + ["model.layers.1.self_attn.v_proj"]
+    assert checkpoint.settings.modules_to_not_convert == ("lm_head", "layers.0", "down_proj")
+    reference = quantize_model(model, 128, skip=("lm_head", "layers.0", "down_proj"))
+    assert torch.equal(logits(load_quantized_model(tmp_path / "q")), logits(reference))
+
+
+def test_sizes_that_do_not_fit_stay_with_their_siblings(tmp_path: Path) -> None:
+    save_float_folder(tmp_path / "float", head_dim=24)  # q [96, 128], k and v [48, 128]; o [128, 96]
+    plan = plan_conversion(tmp_path / "float", tmp_path / "q", ConversionOptions())
+    assert plan.source.skipped["model.layers.0.self_attn.k_proj"] == (
+        "[48, 128]: out_features must be a multiple of 64, in_features of 128"
+    )
+    run_conversion(plan)
+    names = {name.rpartition(".")[2] for name in Checkpoint(tmp_path / "q").modules}
+    assert names == {"gate_proj", "up_proj", "down_proj"}
+    logits(load_quantized_model(tmp_path / "q"))
+
+
+def test_half_of_a_fused_pair_is_not_quantised(tmp_path: Path) -> None:
+    save_float_folder(tmp_path / "float", num_attention_heads=4, num_key_value_heads=1)  # k and v [32, 128], q fits
+    plan = plan_conversion(tmp_path / "float", tmp_path / "q", ConversionOptions())
+    assert "merged with k_proj" in plan.source.skipped["model.layers.1.self_attn.q_proj"]
+    assert "model.layers.1.self_attn.o_proj" in plan.source.layers
+    assert "model.layers.1.self_attn.q_proj" in plan.settings.modules_to_not_convert
+
+
+def test_plan_says_what_is_written(source: Path, tmp_path: Path) -> None:
+    plan = plan_conversion(source, tmp_path / "q", ConversionOptions(max_shard_bytes=150_000))
+    assert not (tmp_path / "q").exists() and not partial_directory(tmp_path / "q").exists()
+    run_conversion(plan)
+    for shard in plan.written_shards():
+        infos = TensorFolder(tmp_path / "q").tensors.values()
+        stored = {info.name: info.num_bytes for info in infos if info.file.name == shard.file_name}
+        assert tuple(sorted(stored)) == tuple(sorted(shard.tensors)) and sum(stored.values()) == shard.num_bytes
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(pieces: int):
+    def progress(name: str, num_bytes: int) -> None:
+        nonlocal pieces
+        pieces -= 1
+        if pieces == 0:
+            raise Interrupted
+
+    return progress
+
+
+def gptq_options(text: Path) -> dict:
+    return {"method": "gptq", "calibration": text, "num_samples": 4, "sequence_length": 64}
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("pieces", [1, 15])
+def test_resumes_to_equal_bytes(source: Path, tmp_path: Path, text: Path, method: str, pieces: int) -> None:
+    options = {"group_size": 128, "max_shard_bytes": 60_000} | (gptq_options(text) if method == "gptq" else {})
+    convert(source, tmp_path / "whole", **options)
+    with pytest.raises(Interrupted):
+        convert(source, tmp_path / "q", progress=interrupt_after(pieces), **options)
+    assert not (tmp_path / "q").exists()
+    (partial_directory(tmp_path / "q") / "model-00002-of-00007.safetensors.tmp").write_bytes(b"half a file")
+    result = convert(source, tmp_path / "q", **options)
+    assert (result.resumed_shards > 0) == (pieces == 15)
+    assert files_of(tmp_path / "q") == files_of(tmp_path / "whole")
+    assert not partial_directory(tmp_path / "q").exists()
+
+
+def test_unfinished_conversion_with_other_options(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        convert(source, tmp_path / "q", group_size=128, max_shard_bytes=60_000, progress=interrupt_after(5))
+    with pytest.raises(CheckpointError, match="other options"):
+        convert(source, tmp_path / "q", group_size=-1, max_shard_bytes=60_000)
+    convert(source, tmp_path / "q", group_size=-1, max_shard_bytes=60_000, restart=True)
+    assert Checkpoint(tmp_path / "q").settings.group_size == -1
+
+
+def test_two_processes_do_not_write_one_folder(source: Path, tmp_path: Path) -> None:
+    partial = partial_directory(tmp_path / "q")
+    partial.mkdir()
+    descriptor = os.open(partial, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(CheckpointError, match="another process"):
+        convert(source, tmp_path / "q")
+    os.close(descriptor)
+    convert(source, tmp_path / "q")
+
+
+def test_nothing_is_overwritten(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "mine.txt").write_text("precious")
+    with pytest.raises(CheckpointError, match="not empty"):
+        convert(source, tmp_path / "q")
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(CheckpointError, match="not a folder"):
+        convert(source, tmp_path / "file")
+    partial_directory(tmp_path / "r").mkdir()
+    (partial_directory(tmp_path / "r") / "mine.txt").write_text("precious")
+    with pytest.raises(CheckpointError, match="no unfinished conversion"):
+        convert(source, tmp_path / "r")
+    with pytest.raises(CheckpointError, match="source and destination"):
+        convert(source, source)
+    before = files_of(source)
+    convert(source, tmp_path / "ok")
+    assert files_of(source) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_size": 64}, "group_size is 64"),
+        ({"method": "awq"}, "method is 'awq'"),
+        ({"method": "gptq"}, "needs calibration"),
+        ({"calibration": Path("x")}, "only gptq uses it"),
+        ({"dtype": "float32"}, "dtype is 'float32'"),
+        ({"num_samples": 0}, "num_samples is 0"),
+        ({"max_shard_bytes": 0}, "max_shard_bytes is 0"),
+        ({"skip": ("model",)}, "no linear layer to quantise"),
+    ],
+)
+def test_options_that_are_refused(source: Path, tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        convert(source, tmp_path / "q", **options)
+    assert not (tmp_path / "q").exists()
+
+
+def plan(source: Path) -> ConversionPlan:
+    return plan_conversion(source, source.with_name("q"), ConversionOptions())
+
+
+def test_sources_that_are_refused(source: Path, tmp_path: Path) -> None:
+    original = (source / "config.json").read_text()
+    rewrite_config(source, model_type="no_such_family")
+    with pytest.raises(CheckpointError, match="no_such_family"):
+        plan(source)
+    (source / "config.json").write_text(original)
+    rewrite_config(source, model_type=None)
+    with pytest.raises(CheckpointError, match="model_type None"):
+        plan(source)
+    (source / "config.json").write_text(original)
+    rewrite_config(source, quantization_config={"quant_method": "awq", "bits": 4})
+    with pytest.raises(CheckpointError, match="quantised with 'awq'"):
+        plan(source)
+    (source / "config.json").write_text(original)
+    rewrite_config(source, intermediate_size=512)
+    with pytest.raises(CheckpointError, match=r"needs a floating-point \[128, 512\]"):
+        plan(source)
+    (source / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        plan(source)
+
+
+def test_code_of_the_folder_is_not_run(source: Path, tmp_path: Path) -> None:
+    (source / "evil.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
+    reference = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    rewrite_config(source, auto_map=reference)
+    result = convert(source, tmp_path / "q", clip=False)
+    assert not (tmp_path / "ran").exists()
+    assert result.left_behind == ("evil.py",)
+    assert not (tmp_path / "q" / "evil.py").exists()
+
+
+def test_weight_that_is_not_finite(source: Path, tmp_path: Path) -> None:
+    rewrite_tensors(source, {"model.layers.1.mlp.up_proj.weight": torch.full((256, 128), float("nan")).half()})
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj: weight holds 32768 NaN"):
+        convert(source, tmp_path / "q")
+    assert not (tmp_path / "q").exists()
