@@ -288,9 +288,9 @@ class Runner:
 
         verdict = candidate.check(graph.first_output)
         if candidate.exact and isinstance(graph.last_output, torch.Tensor) and not verdict.startswith("WRONG"):
-            repeated = candidate.launch(graph.launches - 1)
-            if not torch.equal(graph.last_output, repeated):
-                verdict = "WRONG: the graph's last launch differs from the same call outside the graph"
+            for index, output in ((0, graph.first_output), (graph.launches - 1, graph.last_output)):
+                if not torch.equal(output, candidate.launch(index)):
+                    verdict = f"WRONG: launch {index} of the graph differs from the same call outside it"
         if not verdict.startswith("WRONG"):
             return
         for target in (measurement, *added):

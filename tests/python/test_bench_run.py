@@ -1,0 +1,283 @@
+"""`marlin-qqq bench` from end to end on the CPU, and the GPU runner's logic with graphs that are plain calls."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from marlin_qqq.bench import runner as runner_module
+from marlin_qqq.bench import timing
+from marlin_qqq.bench.implementations import gemm_implementations, parse_baselines
+from marlin_qqq.bench.implementations.base import Implementation, Unavailable
+from marlin_qqq.bench.implementations.marlin import MarlinGemm, overridden_environment, parse_variant
+from marlin_qqq.bench.presets import Layer
+from marlin_qqq.bench.problem import Ceilings
+from marlin_qqq.bench.results import Run, load_run
+from marlin_qqq.bench.runner import Runner, Settings
+from marlin_qqq.cli.bench import app
+
+QUICK = ["--device", "cpu", "--seconds", "0.002"]
+TINY = ["--shape", "128x256", *QUICK]
+
+
+def bench(*arguments: str, code: int = 0):
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def test_gemm_writes_a_table_json_and_csv(tmp_path: Path):
+    json_path, csv_path = tmp_path / "run.json", tmp_path / "run.csv"
+    output = bench("gemm", *TINY, "-m", "1,17", "--json", str(json_path), "--csv", str(csv_path)).output
+    for column in ("N x K", "us", "p10-p90", "TOPS", "GB/s", "x fp32", "x int_mm"):
+        assert column in output
+    assert "Results equal the float64 formula, every value." in output
+    run = load_run(json_path)
+    ours = run.find(implementation="marlin_qqq")
+    assert sorted((m.num_tokens, m.group_size) for m in ours) == [(1, -1), (1, 128), (17, -1), (17, 128)]
+    assert all(m.median_us and m.p10_us <= m.median_us <= m.p90_us and m.method == "wall" for m in ours)
+    assert all(m.check.startswith("exact") for m in ours)
+    assert run.environment["command"] and run.environment["torch"] == torch.__version__
+    assert {"commit", "host", "python", "marlin_qqq"} <= run.environment.keys()
+    with csv_path.open() as file:
+        assert len(list(csv.DictReader(file))) == len(run.measurements)
+
+
+def test_a_model_preset_names_its_layers():
+    output = bench(
+        "gemm", "--model", "llama-3.1-8b", "--tp", "16", "-m", "1", "--baselines", "none", "-g", "-1", *QUICK
+    )
+    for name in ("qkv", "gate_up", "down"):
+        assert name in output.output
+
+
+def test_a_wrong_result_prints_wrong_and_no_speed_and_exits_with_one(tmp_path, monkeypatch):
+    honest = MarlinGemm.bind
+
+    def lying(self, problem, activations, context):
+        bound = honest(self, problem, activations, context)
+        launch = bound.launch
+        bound.launch = lambda index: launch(index) + (1 if self.group_size == 128 else 0)
+        return bound
+
+    monkeypatch.setattr(MarlinGemm, "bind", lying)
+    path = tmp_path / "run.json"
+    output = bench("gemm", *TINY, "-m", "3", "--baselines", "none", "--json", str(path), code=1).output
+    assert "WRONG" in output
+    by_mode = {m.group_size: m for m in load_run(path).measurements}
+    assert by_mode[128].wrong and by_mode[128].median_us is None
+    assert not by_mode[-1].wrong and by_mode[-1].median_us
+
+
+def test_quantize_linear_layer_and_sweep_run_on_the_cpu(tmp_path):
+    bench("quantize", "-k", "128,256", "-m", "1,3", *QUICK)
+    path = tmp_path / "linear.json"
+    bench("linear", *TINY, "-m", "2", "--bias", "--json", str(path))
+    linear = load_run(path)
+    assert {m.implementation for m in linear.measurements} == {"marlin_qqq:linear", "marlin_qqq:constant", "fp32"}
+    assert all(m.check.startswith(("exact", "close")) for m in linear.measurements)
+    assert "4 linears" in bench("layer", "--model", "llama-3.1-8b", "--tp", "16", "-m", "1", "-g", "128", *QUICK).output
+    assert "cliffs: steps beyond the work added" in bench("sweep", *TINY, "-m", "1:4", "-g", "128").output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says so only where there is no GPU")
+@pytest.mark.parametrize(
+    "arguments", [["gemm", "--device", "cuda"], ["tune", "--device", "cuda:0", "--shape", "64x128"]]
+)
+def test_without_a_gpu_the_message_says_so(arguments):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "no GPU here" in str(result.exception)
+    assert "--device cpu" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gemm", "--device", "tpu"], "allowed: auto, cpu, cuda"),
+        (["gemm", *QUICK, "--model", "nope"], "unknown model 'nope'"),
+        (["gemm", *QUICK, "--shape", "100x128"], "multiple of 64"),
+        (["gemm", *TINY, "-g", "64"], "--group-size '64' is not allowed"),
+        (["gemm", *TINY, "-m", "0"], "at least one token"),
+        (["gemm", *TINY, "--dtype", "float32"], "float16 or bfloat16"),
+        (["gemm", *TINY, "--baselines", "cutlass"], "unknown baseline 'cutlass'"),
+        (["gemm", *TINY, "--method", "vibes"], "--method 'vibes'"),
+        (["quantize", *QUICK, "--baselines", "copy"], "unknown baseline 'copy'"),
+        (["tune", "--device", "cpu", "--shape", "64x128"], "needs a GPU"),
+    ],
+)
+def test_arguments_that_are_refused(arguments, message):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ValueError)
+    assert message in str(result.exception)
+
+
+def test_compare_shows_regressions_and_can_fail(tmp_path):
+    path = tmp_path / "before.json"
+    bench("gemm", *TINY, "-m", "1", "--baselines", "none", "--json", str(path))
+    document = json.loads(path.read_text())
+    for row in document["measurements"]:
+        for name in ("median_us", "p10_us", "p90_us"):
+            row[name] *= 100.0
+    slower = tmp_path / "after.json"
+    slower.write_text(json.dumps(document))
+    assert "2 slower, 0 faster" in bench("compare", str(path), str(slower)).output
+    bench("compare", str(path), str(slower), "--fail", code=1)
+    assert "0 slower, 2 faster" in bench("compare", str(slower), str(path), "--fail").output
+    assert "0 slower, 0 faster, 2 the same" in " ".join(bench("compare", str(path), str(path)).output.split())
+
+
+def test_models_lists_every_preset():
+    assert "llama-3.1-405b" in bench("models").output
+
+
+# Variants of our op
+
+
+def test_variants():
+    variant = parse_variant("constant+sm80+tile:64x128+split:4")
+    assert variant.constant_weights
+    assert variant.environment == {"MARLIN_QQQ_FAMILY": "sm80", "MARLIN_QQQ_TILE": "64x128", "MARLIN_QQQ_SPLIT": "4"}
+    assert parse_variant("bias+bf16").output_dtype == "bfloat16"
+    for text in ("fast", "tile:", "split:x", "constant:1", ""):
+        with pytest.raises(ValueError, match="unknown variant"):
+            parse_variant(text)
+
+
+def test_overridden_environment_is_put_back(monkeypatch):
+    import os
+
+    monkeypatch.setenv("MARLIN_QQQ_TILE", "before")
+    monkeypatch.delenv("MARLIN_QQQ_SPLIT", raising=False)
+    with pytest.raises(RuntimeError), overridden_environment({"MARLIN_QQQ_TILE": "x", "MARLIN_QQQ_SPLIT": "2"}):
+        assert (os.environ["MARLIN_QQQ_TILE"], os.environ["MARLIN_QQQ_SPLIT"]) == ("x", "2")
+        raise RuntimeError
+    assert os.environ["MARLIN_QQQ_TILE"] == "before"
+    assert "MARLIN_QQQ_SPLIT" not in os.environ
+
+
+# The GPU path of the runner, with graphs that are plain calls
+
+
+class CallsInPlaceOfGraph:
+    def __init__(self, launch, launches):
+        self.launches = launches
+        outputs = [launch(index) for index in range(launches)]
+        self.first_output, self.last_output = outputs[0], outputs[-1]
+
+
+@pytest.fixture
+def gpu_like(monkeypatch):
+    """Runs the GPU's branch of the runner on CPU tensors."""
+    sample = timing.Sample(2.0, 1.9, 2.1, 5, 10, sm_clock_mhz=1500.0)
+    monkeypatch.setattr(timing, "CapturedLaunches", CallsInPlaceOfGraph)
+    monkeypatch.setattr(timing, "time_graphs", lambda graphs, replays: dict.fromkeys(graphs, sample))
+    monkeypatch.setattr(timing, "time_graphs_sustained", lambda graphs, *_: dict.fromkeys(graphs, sample))
+    monkeypatch.setattr(Settings, "on_gpu", True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(
+        runner_module.ceilings_module, "measure_ceilings", lambda device: (Ceilings(4600.0, "x", 1910.0, "y"), {})
+    )
+
+    def make(**settings) -> Runner:
+        return Runner(Settings(device="cpu", **settings))
+
+    return make
+
+
+TINY_LAYER = Layer("tiny", 64, 128)
+
+
+def measure(runner: Runner, *implementations: Implementation) -> Run:
+    runner.products([TINY_LAYER], [3], implementations)
+    return runner.run
+
+
+def test_gpu_rows_have_floors_and_both_methods(gpu_like):
+    run = measure(gpu_like(methods=("graph", "sustained")), MarlinGemm("default", 128), MarlinGemm("constant", 128))
+    assert [(m.implementation, m.method) for m in run.measurements] == [
+        ("marlin_qqq", "graph"),
+        ("marlin_qqq:constant", "graph"),
+        ("marlin_qqq", "sustained"),
+        ("marlin_qqq:constant", "sustained"),
+    ]
+    assert all(m.median_us == 2.0 and m.floor_us and m.percent_of_floor for m in run.measurements)
+
+
+class Spoiled(MarlinGemm):
+    """Right when first called, then wrong: as a race that only the timed state shows."""
+
+    def __init__(self, good_calls: int, group_size: int = 128) -> None:
+        super().__init__("default", group_size)
+        self.good_calls = good_calls
+
+    def bind(self, problem, activations, context):
+        bound = super().bind(problem, activations, context)
+        launch, calls = bound.launch, iter(range(10**9))
+        bound.launch = lambda index: launch(index) + (0 if next(calls) < self.good_calls else 1)
+        return bound
+
+
+@pytest.mark.parametrize("good_calls", [0, 1, 5])
+def test_a_result_that_is_wrong_in_the_graph_has_no_speed(gpu_like, good_calls):
+    run = measure(gpu_like(methods=("graph", "sustained")), Spoiled(good_calls), MarlinGemm("default", -1))
+    for measurement in run.measurements:
+        assert measurement.wrong == (measurement.group_size == 128)
+        assert (measurement.median_us is None) == measurement.wrong
+    assert run.num_wrong >= 1
+
+
+class Broken(MarlinGemm):
+    def bind(self, problem, activations, context):
+        raise RuntimeError("CUDA error: launch failure\nmore lines")
+
+
+class Missing(Implementation):
+    name = "peer"
+
+    def load(self, problem, context):
+        raise Unavailable("it is not installed")
+
+    def bind(self, problem, activations, context):
+        raise AssertionError("never bound")
+
+
+def test_failures_and_missing_peers_leave_the_others_alone(gpu_like):
+    run = measure(gpu_like(), Broken("default", -1), Missing(), MarlinGemm("default", 128))
+    broken, missing, good = run.measurements
+    assert broken.check == "WRONG: failed, RuntimeError: CUDA error: launch failure"
+    assert missing.unavailable == "it is not installed" and not missing.wrong
+    assert good.median_us == 2.0
+
+
+def test_out_of_time_is_noted(gpu_like):
+    runner = gpu_like()
+    runner.products(
+        [TINY_LAYER], [1, 2], [MarlinGemm("default", 128)], should_stop=lambda: bool(runner.run.measurements)
+    )
+    assert [m.num_tokens for m in runner.run.measurements] == [1]
+    assert runner.run.notes == ["not run: gemm 64x128 M=2, out of time"]
+
+
+def test_default_baselines_of_a_gpu_say_why_they_are_missing_here():
+    assert parse_baselines("auto", "cuda:0") == ("read", "fp16", "int_mm", "fp8", "humming", "vllm")
+    names = {i.name for i in gemm_implementations(["default"], parse_baselines("auto", "cuda:0"), [-1, 128])}
+    assert {"marlin_qqq", "read", "humming", "vllm_qqq", "vllm_w8a8"} <= names
+
+
+@pytest.mark.gpu
+def test_gemm_on_the_gpu(tmp_path):
+    path = tmp_path / "run.json"
+    bench("gemm", "--device", "cuda", "--shape", "1024x1024", "-m", "1,33", "--replays", "5", "--json", str(path))
+    run = load_run(path)
+    ours = [m for m in run.measurements if m.implementation.startswith("marlin_qqq")]
+    assert len(ours) == 8
+    assert all(m.median_us and m.floor_us and m.check.startswith("exact (cpu op") for m in ours)
+    assert run.find(implementation="fp16")[0].median_us
+    assert run.ceilings["read_gbps"] > 100

@@ -1,0 +1,288 @@
+"""The benchmark's arithmetic: shapes, floors, launches, saved runs, comparison, cliffs. No timing here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from marlin_qqq.bench import presets
+from marlin_qqq.bench.compare import compare_runs
+from marlin_qqq.bench.problem import Ceilings, GemmProblem, quantize_bytes
+from marlin_qqq.bench.results import SCHEMA_VERSION, Measurement, Run, load_run, write_text_atomically
+from marlin_qqq.bench.sweep import cliffs_of_run, find_cliffs
+from marlin_qqq.bench.tables import find_baseline, speed_up
+from marlin_qqq.bench.timing import L2_MULTIPLE, MINIMUM_LAUNCHES, num_copies, num_launches, summarise
+
+
+def measured(tokens: int, median: float, **fields: object) -> Measurement:
+    values: dict[str, object] = {
+        "operation": "gemm",
+        "implementation": "marlin_qqq",
+        "num_tokens": tokens,
+        "out_features": 4096,
+        "in_features": 4096,
+        "group_size": 128,
+        "median_us": median,
+        "p10_us": median * 0.99,
+        "p90_us": median * 1.01,
+        "check": "exact (test)",
+    }
+    return Measurement(**(values | fields))  # type: ignore[arg-type]
+
+
+# Presets
+
+
+def test_llama_shapes_and_their_tensor_parallel_cuts():
+    assert [layer.shape for layer in presets.model_layers("llama-3.1-70b")] == [
+        "10240x8192",
+        "8192x8192",
+        "57344x8192",
+        "8192x28672",
+    ]
+    assert [layer.shape for layer in presets.model_layers("llama-3.1-70b", 8)] == [
+        "1280x8192",
+        "8192x1024",
+        "7168x8192",
+        "8192x3584",
+    ]
+
+
+def test_key_value_heads_are_replicated_when_there_are_fewer_than_ranks():
+    qkv = presets.model_layers("llama-3.1-405b", 16)[0]
+    assert qkv.out_features == (128 // 16 + 2 * 1) * 128
+
+
+@pytest.mark.parametrize("model", presets.MODELS)
+def test_every_model_is_within_the_formats_limits_on_one_gpu(model):
+    layers = presets.model_layers(model)
+    assert [layer.name for layer in layers] == ["qkv", "o", "gate_up", "down"]
+    assert all(layer.out_features % 64 == 0 and layer.in_features % 128 == 0 for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("model", "tensor_parallel", "message"),
+    [
+        ("gpt-5", 1, "unknown model 'gpt-5'"),
+        ("llama-3.1-8b", 3, "does not divide llama-3.1-8b's 32 heads"),
+        ("llama-3.1-8b", 0, "tensor parallel size 0"),
+        ("qwen2.5-72b", 2, "in_features of down is 14784; it must be a positive multiple of 128"),
+    ],
+)
+def test_refused_presets_say_why(model, tensor_parallel, message):
+    with pytest.raises(ValueError, match=message):
+        presets.model_layers(model, tensor_parallel)
+
+
+@pytest.mark.parametrize("text", ["4096", "4096x", "4096x100", "100x128", "0x128", "axb", "1x2x3"])
+def test_refused_shapes(text):
+    with pytest.raises(ValueError, match=r"NxK|multiple"):
+        presets.parse_shape(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [("1,16, 4", [1, 4, 16]), ("1:5", [1, 2, 3, 4, 5]), ("8:32:8,8", [8, 16, 24, 32]), ("7", [7])],
+)
+def test_integer_lists(text, values):
+    assert presets.parse_integers(text) == values
+
+
+@pytest.mark.parametrize("text", ["", ",", "a", "1:2:3:4", "1:4:0", "5:1"])
+def test_refused_integer_lists(text):
+    with pytest.raises(ValueError):
+        presets.parse_integers(text)
+
+
+# Problems and floors
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "floor"),
+    # Bytes over 4.6 TB/s or operations over 1910 TOPS, worked out by hand.
+    [("8192x21760", 1, 19.4), ("8192x21760", 1024, 191.1), ("28672x4096", 256, 31.5), ("4096x4096", 4096, 72.0)],
+)
+def test_floor(shape, tokens, floor):
+    layer = presets.parse_shape(shape)
+    problem = GemmProblem(tokens, layer.out_features, layer.in_features)
+    assert Ceilings(4600.0, "", 1910.0, "").floor_us(problem.bytes_moved, problem.operations) == pytest.approx(
+        floor, abs=0.06
+    )
+
+
+def test_no_floor_without_both_ceilings():
+    assert Ceilings(4600.0, "", None, "").floor_us(1e6, 1e6) is None
+    assert Ceilings(None, "", 1910.0, "").floor_us(1e6, 1e6) is None
+
+
+def test_group_scales_count_as_bytes():
+    channel, group = (GemmProblem(1, 4096, 4096, size).bytes_moved for size in (-1, 128))
+    assert group - channel == 2 * 4096 * 4096 // 128
+
+
+def test_quantize_moves_three_bytes_a_value():
+    assert quantize_bytes(10, 4096) == 3 * 10 * 4096 + 40
+
+
+@given(st.integers(1, 10**9), st.integers(0, 10**8), st.floats(0.0, 1e5))
+def test_a_graph_rotates_over_more_than_three_times_l2(bytes_per_copy, l2_bytes, expected_us):
+    copies = num_copies(bytes_per_copy, l2_bytes)
+    assert copies >= 2
+    assert copies * bytes_per_copy > L2_MULTIPLE * l2_bytes
+    launches = num_launches(copies, expected_us)
+    assert launches % copies == 0
+    assert launches >= max(copies, MINIMUM_LAUNCHES)
+
+
+def test_percentiles():
+    sample = summarise([float(value) for value in range(101)], 12)
+    assert (sample.median_us, sample.p10_us, sample.p90_us) == (50.0, 10.0, 90.0)
+    assert (sample.num_samples, sample.launches_per_sample) == (101, 12)
+
+
+# Saved runs
+
+
+def test_a_run_survives_saving(tmp_path):
+    run = Run(
+        environment={"gpu": {"name": "X"}, "torch": "2.11"},
+        settings={"replays": 3},
+        ceilings={"read_gbps": 1.5},
+        measurements=[measured(1, 2.5, extra={"plan": "a"}), measured(2, 1.0, unavailable="why")],
+        notes=["a note"],
+    )
+    path = tmp_path / "folder" / "run.json"
+    write_text_atomically(path, run.to_json())
+    assert load_run(path) == run
+    assert json.loads(path.read_text())["schema_version"] == SCHEMA_VERSION
+    assert [entry.name for entry in path.parent.iterdir()] == ["run.json"]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    write_text_atomically(path, "old")
+    monkeypatch.setattr("marlin_qqq.bench.results.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_text_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "not a result"),
+        ('{"schema": "other"}', "not a result"),
+        ('{"schema": "marlin-qqq-bench", "schema_version": 99}', "schema version 99"),
+        ('{"schema": "marlin-qqq-bench", "schema_version": 1}', "misses a part"),
+        (
+            '{"schema": "marlin-qqq-bench", "schema_version": 1, "environment": {}, "settings": {}, "ceilings": {}, '
+            '"measurements": [{"operation": "gemm"}]}',
+            "misses a part",
+        ),
+    ],
+)
+def test_files_that_are_no_runs_are_refused_by_name(tmp_path, text, message):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_run(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"no\.json cannot be read"):
+        load_run(tmp_path / "no.json")
+
+
+def test_csv_has_a_row_a_measurement_with_derived_columns():
+    run = Run(measurements=[measured(1, 2.0, operations=4_000_000, bytes_moved=8_000, floor_us=1.0), measured(2, 3.0)])
+    header, first, _ = run.to_csv().splitlines()
+    row = dict(zip(header.split(","), first.split(","), strict=True))
+    assert (float(row["tops"]), float(row["gbps"]), float(row["percent_of_floor"])) == (2.0, 4.0, 50.0)
+
+
+def test_a_baseline_is_found_in_the_same_mode_or_without_one():
+    ours = measured(16, 10.0)
+    other_mode = measured(16, 1.0, implementation="humming", group_size=-1)
+    same_mode = measured(16, 20.0, implementation="humming")
+    modeless = measured(16, 30.0, implementation="fp16", group_size=None)
+    other_size = measured(17, 1.0, implementation="fp16", group_size=None)
+    rows = [other_mode, same_mode, other_size, modeless]
+    assert speed_up(ours, find_baseline(rows, ours, "humming")) == 2.0
+    assert speed_up(ours, find_baseline(rows, ours, "fp16")) == 3.0
+    assert speed_up(ours, find_baseline(rows, ours, "fp8")) is None
+
+
+# Comparison
+
+
+def test_only_changes_beyond_threshold_and_noise_count():
+    before = Run(measurements=[measured(1, 10.0), measured(2, 10.0, p90_us=14.0), measured(3, 10.0), measured(4, 10.0)])
+    after = Run(measurements=[measured(1, 12.0), measured(2, 12.0), measured(3, 10.1), measured(4, 8.0)])
+    comparison = compare_runs(before, after)
+    verdicts = {change.after.num_tokens: change.verdict for change in comparison.changes}
+    assert verdicts == {1: "slower", 2: "same", 3: "same", 4: "faster"}
+    assert [change.after.num_tokens for change in comparison.regressions] == [1]
+
+
+def test_comparison_relative_to_a_baseline_cancels_a_slower_device():
+    def run(factor: float, ours: float) -> Run:
+        fp16 = measured(1, 100.0 * factor, implementation="fp16", group_size=None)
+        return Run(measurements=[fp16, measured(1, ours * factor)], environment={"gpu": {"name": f"x{factor}"}})
+
+    comparison = compare_runs(run(1.0, 10.0), run(1.5, 10.0), relative_to="fp16")
+    assert all(change.verdict == "same" for change in comparison.changes)
+    assert comparison.warnings == []
+    plain = compare_runs(run(1.0, 10.0), run(1.5, 10.0))
+    assert [change.verdict for change in plain.changes] == ["slower", "slower"]
+    assert "the GPU differs" in plain.warnings[0]
+
+
+def test_comparison_reports_what_is_new_gone_or_newly_wrong():
+    wrong = measured(3, 1.0, check="WRONG: 1 value", median_us=None)
+    comparison = compare_runs(
+        Run(measurements=[measured(1, 1.0), measured(3, 1.0)]), Run(measurements=[measured(2, 1.0), wrong])
+    )
+    assert [m.num_tokens for m in comparison.only_before] == [1, 3][:1]
+    assert [m.num_tokens for m in comparison.only_after] == [2]
+    assert comparison.newly_wrong == [wrong]
+
+
+# Cliffs
+
+
+def test_a_step_dearer_than_its_work_is_a_cliff():
+    rows = [measured(tokens, 10.0 if tokens <= 64 else 15.0, floor_us=5.0) for tokens in range(60, 70)]
+    (cliff,) = find_cliffs(rows)
+    assert (cliff.kind, cliff.before.num_tokens, cliff.after.num_tokens) == ("step", 64, 65)
+    assert cliff.ratio == pytest.approx(1.5)
+
+
+def test_a_step_that_the_work_explains_is_none():
+    assert find_cliffs([measured(64, 10.0, floor_us=10.0), measured(128, 20.0, floor_us=20.0)]) == []
+
+
+def test_a_larger_batch_that_is_faster_is_an_inversion():
+    rows = [measured(tokens, time) for tokens, time in ((1, 10.0), (2, 10.2), (3, 12.0), (4, 10.0), (5, 10.1))]
+    kinds = [(cliff.kind, cliff.before.num_tokens, cliff.after.num_tokens) for cliff in find_cliffs(rows)]
+    assert ("inversion", 3, 4) in kinds
+    assert len([kind for kind, _, _ in kinds if kind == "inversion"]) == 1
+
+
+def test_noise_is_no_cliff():
+    noisy = measured(65, 15.0, p10_us=9.0)
+    assert find_cliffs([measured(64, 10.0), noisy]) == []
+
+
+def test_cliffs_are_looked_for_within_one_curve_only():
+    rows = [measured(64, 10.0), measured(65, 30.0, group_size=-1), measured(65, 40.0, in_features=8192)]
+    assert cliffs_of_run(Run(measurements=rows)) == []
+    assert (
+        len(cliffs_of_run(Run(measurements=[*rows, replace(rows[0], num_tokens=65, median_us=30.0, p10_us=29.0)]))) == 1
+    )
