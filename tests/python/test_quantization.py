@@ -21,7 +21,7 @@ def random_weight(out_features: int, in_features: int, seed: int = 0) -> torch.T
     """Normal weights whose rows differ in size; a row and a group of zeros; an outlier."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out_features, in_features, generator=generator)
-    weight *= torch.logspace(-6, 3, out_features)[torch.randperm(out_features, generator=generator), None]
+    weight *= torch.logspace(-7, 2, out_features)[torch.randperm(out_features, generator=generator), None]
     weight[1] = 0
     weight[2, :128] = 0
     weight[3, 5] *= 100
