@@ -191,7 +191,8 @@ def linear_weight_bytes(model: torch.nn.Module, bytes_per_element: int | None = 
     """
     from marlin_qqq.linear import QQQLinear
 
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head: Any = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head is not None else None
     total = 0
     for module in model.modules():
         if isinstance(module, QQQLinear):

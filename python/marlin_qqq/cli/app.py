@@ -44,7 +44,7 @@ def _load(name: str) -> Any:
     module = importlib.import_module(f"marlin_qqq.cli.{name.replace('-', '_')}")
     sub_app = getattr(module, "app", None)
     if sub_app is None:
-        sub_app = typer.Typer(add_completion=False)
+        sub_app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
         sub_app.command(name)(module.command)
     return typer.main.get_command(sub_app)
 

@@ -97,8 +97,8 @@ def command(
 ) -> None:
     """Quantise a language model to QQQ, per-channel and group 128, and compare both with the original.
 
-    Each format is written as a checkpoint, loaded back, and run through quantize_per_token and marlin_qqq_gemm: on the
-    GPU if there is one, else on the CPU.
+    Each format is written as a checkpoint, loaded back, and run through
+    quantize_per_token and marlin_qqq_gemm: on the GPU if there is one, else on the CPU.
     """
     console = Console()
     if method not in ("rtn", "mse"):
@@ -159,50 +159,47 @@ def choose_device(wanted: str) -> tuple[torch.device, str]:
 def read_source(
     model_folder: Path | None, text_file: Path | None, device: torch.device, max_tokens: int | None
 ) -> Source:
-    """Loads model, tokenizer and text; anything unusable is a CliError."""
-    from marlin_qqq.checkpoint import TensorFolder
-
-    folder = _model_folder(model_folder)
-    TensorFolder(folder)  # refuses pickles and broken files with a sentence, before anything is loaded
+    """Loads model, tokenizer and text; anything unusable is a CliError or a CheckpointError, never a pickle."""
     try:
         import transformers
     except ImportError as error:
         raise CliError(
             f"the demo needs Transformers ({error}); install it with: pip install 'marlin-qqq[transformers]'"
         ) from error
+    from marlin_qqq.model_folder import load_model, load_tokenizer, read_tokens
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise CliError(f"{folder} has no config.json: it is no Hugging Face model folder")
-    safe = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, **safe)
-    except Exception as error:
-        raise CliError(f"{config_file} describes no model that Transformers knows: {error}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise CliError(f"{folder} is quantised already; the demo starts from an fp16, bf16 or fp32 model")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safe)
-    except Exception as error:
-        raise CliError(f"{folder} has no usable tokenizer (tokenizer.json): {error}") from error
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype="auto", use_safetensors=True, **safe
-        ).eval()
-    except Exception as error:
-        raise CliError(f"{folder} does not load as a causal language model: {error}") from error
-
-    window = min(WINDOW, (getattr(config, "max_position_embeddings", None) or WINDOW + 1) - 1)
-    token_ids = _read_tokens(text_file, folder, tokenizer)
+    folder = _model_folder(model_folder)
+    _refuse_quantized(folder)
+    model = load_model(folder)
+    tokenizer = load_tokenizer(folder)
+    token_ids = read_tokens(tokenizer, _text_file(text_file, folder))
     text_tokens = token_ids.numel()
+    if text_tokens < 2:
+        raise CliError(f"the text holds {text_tokens} tokens; at least 2 are needed")
+
+    # A start token goes before each window: it must fit as well.
+    window = min(WINDOW, (getattr(model.config, "max_position_embeddings", None) or WINDOW + 1) - 1)
     if max_tokens is None:
         max_tokens = text_tokens
         if device.type == "cpu":
             parameters = sum(parameter.numel() for parameter in model.parameters())
             max_tokens = max(int(_CPU_WORK_LIMIT / parameters) // window, 1) * window
     return Source(folder, model, tokenizer, token_ids[:max_tokens], text_tokens, window, device, model.dtype)
+
+
+def _refuse_quantized(folder: Path) -> None:
+    from marlin_qqq.checkpoint import read_json_object
+    from marlin_qqq.checkpoint.config import SIDE_FILES
+
+    if not (folder / "config.json").is_file():
+        raise CliError(f"{folder} has no config.json: it is no Hugging Face model folder")
+    if read_json_object(folder / "config.json").get("quantization_config") or any(
+        (folder / name).exists() for name in SIDE_FILES
+    ):
+        raise CliError(f"{folder} is quantised already; the demo starts from an fp16, bf16 or fp32 model")
 
 
 def _model_folder(given: Path | None) -> Path:
@@ -220,27 +217,19 @@ def _model_folder(given: Path | None) -> Path:
     )
 
 
-def _read_tokens(text_file: Path | None, folder: Path, tokenizer: Any) -> torch.Tensor:
-    if text_file is None:
-        candidates = [directory / HELD_OUT_FILE for directory in (folder, REPOSITORY_MODEL, Path("demo/model"))]
-        text_file = next((path for path in candidates if path.is_file()), None)
-        if text_file is None:
-            raise CliError("there is no text to measure the perplexity on; give --text FILE")
-    try:
-        text = text_file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CliError(f"{text_file} is not UTF-8 text: {error}") from error
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) < 2:
-        raise CliError(f"{text_file} holds {len(ids)} tokens; at least 2 are needed")
-    return torch.tensor(ids)
+def _text_file(given: Path | None, folder: Path) -> Path:
+    candidates = [directory / HELD_OUT_FILE for directory in (folder, REPOSITORY_MODEL, Path("demo/model"))]
+    file = given or next((path for path in candidates if path.is_file()), None)
+    if file is None:
+        raise CliError("there is no text to measure the perplexity on; give --text FILE")
+    return file
 
 
 # Running
 
 
 def compare(
-    source: Source, prompt: str, new_tokens: int, method: str, keep: Path | None, progress: Progress, task: Any
+    source: Source, prompt: str, new_tokens: int, method: Any, keep: Path | None, progress: Progress, task: Any
 ) -> Iterator[Row]:
     """Evaluates the original, then each format from its written checkpoint."""
     from marlin_qqq import quantize_model
