@@ -43,7 +43,8 @@ def run() -> Run:
 
 
 def test_all_figures_are_written_as_png_and_svg(run, tmp_path):
-    names = sorted(path.name for path in plots.plot_run(run, tmp_path))
+    smaller = Run(run.environment, measurements=[m for m in run.measurements if m.label == "o"])
+    names = sorted(path.name for path in plots.plot_run(smaller, tmp_path))
     expected = ("gemm_latency", "gemm_percent_of_floor", "gemm_speed_up")
     assert names == sorted(f"{name}.{kind}" for name in expected for kind in ("png", "svg"))
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -55,7 +56,7 @@ def test_the_same_run_gives_the_same_svg(run, tmp_path):
     one_layer = [m for m in run.measurements if m.label == "o"]
     for name in ("a", "b"):
         with plots.pyplot.rc_context(plots.STYLE):
-            plots._save(plots.latency_figure(run, one_layer), tmp_path, name)
+            plots.save_figure(plots.latency_figure(run, one_layer), tmp_path, name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 

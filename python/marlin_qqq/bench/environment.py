@@ -157,7 +157,12 @@ def _nvidia_smi(device_index: int) -> dict[str, Any]:
 
 
 def _git_state() -> dict[str, Any]:
-    """Commit of the source tree this package is imported from; an installed wheel has none."""
+    """Commit of the source tree this package is imported from; an installed wheel or a copy without .git has none.
+
+    MARLIN_QQQ_COMMIT says it for such a copy.
+    """
+    if stated := os.environ.get("MARLIN_QQQ_COMMIT"):
+        return {"commit": stated, "uncommitted_changes": None}
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return {"commit": None, "uncommitted_changes": None}

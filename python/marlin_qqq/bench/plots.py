@@ -81,12 +81,12 @@ def plot_run(run: Run, folder: str | Path, prefix: str = "") -> list[Path]:
             name = prefix + operation + ("_sustained" if method == "sustained" else "")
             with pyplot.rc_context(STYLE):
                 if len({m.num_tokens for m in rows}) > 1:
-                    written += _save(latency_figure(run, rows), folder, f"{name}_latency")
+                    written += save_figure(latency_figure(run, rows), folder, f"{name}_latency")
                     if any(m.floor_us for m in rows):
-                        written += _save(percent_of_floor_figure(run, rows), folder, f"{name}_percent_of_floor")
+                        written += save_figure(percent_of_floor_figure(run, rows), folder, f"{name}_percent_of_floor")
                 figure = speed_up_figure(run, rows)
                 if figure is not None:
-                    written += _save(figure, folder, f"{name}_speed_up")
+                    written += save_figure(figure, folder, f"{name}_speed_up")
     return written
 
 
@@ -318,7 +318,7 @@ def _legend_entries(all_axes: Any) -> tuple[list[Any], list[str]]:
     return list(entries.values()), list(entries)
 
 
-def _save(figure: Any, folder: Path, name: str) -> list[Path]:
+def save_figure(figure: Any, folder: Path, name: str) -> list[Path]:
     """PNG and SVG, each written under a temporary name and renamed."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

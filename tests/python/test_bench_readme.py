@@ -1,0 +1,150 @@
+"""benchmarks/: the goals judged from a run, and the texts and figures regenerated from saved runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from marlin_qqq.bench.presets import REFERENCE_SHAPES
+from marlin_qqq.bench.problem import Ceilings, GemmProblem
+from marlin_qqq.bench.results import OURS, Measurement, Run, load_run
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENS = (1, 16, 64, 256, 1024, 4096)
+CEILINGS = Ceilings(4600.0, "", 1910.0, "")
+
+
+def load_script(name: str) -> ModuleType:
+    path = ROOT / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+goals = load_script("goals")
+
+
+def make_run(factors: dict[tuple[str, int | None], float], method: str = "graph") -> Run:
+    rows = []
+    for layer in REFERENCE_SHAPES:
+        for tokens in TOKENS:
+            for (name, mode), factor in factors.items():
+                problem = GemmProblem(tokens, layer.out_features, layer.in_features, mode or -1)
+                floor = CEILINGS.floor_us(problem.bytes_moved, problem.operations)
+                rows.append(
+                    Measurement(
+                        "gemm", name, tokens, layer.out_features, layer.in_features, mode, layer.name, method,
+                        median_us=floor * factor, p10_us=floor * factor, p90_us=floor * factor, floor_us=floor,
+                    )
+                )  # fmt: skip
+    environment = {"gpu": {"name": "a made-up GPU"}, "torch": "2.11", "created": "2026-01-02", "commit": "abcdef123456"}
+    return Run(environment=environment, ceilings={"read_gbps": 4600.0}, measurements=rows)
+
+
+FACTORS = {
+    (OURS, -1): 1.2,
+    (OURS, 128): 1.2,
+    (f"{OURS}:constant", -1): 1.1,
+    ("humming", -1): 1.5,
+    ("humming", 128): 2.4,
+    ("fp16", None): 3.0,
+    ("read", None): 1.15,
+}
+
+
+def judged(run: Run) -> dict[str, object]:
+    return {goal.name: goal for goal in goals.judge(run)}
+
+
+def test_goals_find_the_worst_place():
+    run = make_run(FACTORS)
+    by_name = judged(run)
+    read = by_name["M 1..16, weights >= 40 MB: time / plain read (layer)"]
+    assert read.worst.value == pytest.approx(1.1 / 1.15)
+    assert read.num_met == len(read.places) == 2 * 3  # M of 1 and 16, three shapes of more than 40 MB
+    humming = by_name["every M and mode: times as fast as humming"]
+    assert humming.worst.value == pytest.approx(1.25)
+    assert humming.num_met == len(humming.places) == 2 * len(TOKENS) * len(REFERENCE_SHAPES)
+    floor = by_name["M 512..1024 per-channel: time / floor"]
+    assert (floor.worst.value, floor.num_met) == (pytest.approx(1.2), 0)
+    assert "MISS" in floor.line() and floor.worst.where in floor.line()
+
+
+def test_goals_without_data_say_not_measured():
+    assert all("not measured" in goal.line() for goal in goals.judge(Run()))
+    sustained = [name for name in judged(make_run(FACTORS)) if "sustained" in name]
+    assert sustained and all(judged(make_run(FACTORS))[name].worst is None for name in sustained)
+
+
+def test_an_inversion_is_seen():
+    run = make_run({(OURS, -1): 1.0})
+    row = next(m for m in run.measurements if m.num_tokens == 16)
+    row.median_us = 2 * row.median_us
+    goal = judged(run)["latency grows with M: slowest smaller M / time"]
+    assert goal.worst.value > 1.9
+    assert "M=64" in goal.worst.where and "after M=16" in goal.worst.where
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    marker = "before\n<!-- benchmark:{0}:begin -->\nold\n<!-- benchmark:{0}:end -->\nafter\n"
+    (tmp_path / "README.md").write_text("# A\n" + marker.format("headline"))
+    (tmp_path / "docs/benchmark.md").write_text("".join(marker.format(n) for n in ("goals", "graph", "sustained")))
+    return tmp_path
+
+
+def test_texts_and_figures_are_regenerated_from_the_newest_run(repository):
+    pytest.importorskip("matplotlib")
+    update = load_script("update_readme")
+    arguments = ["--root", str(repository)]
+    run = make_run(FACTORS)
+    run.measurements = [m for m in run.measurements if m.num_tokens in (1, 16, 64) and m.label == "4096x4096"]
+    (repository / "benchmarks/results/hopper.json").write_text(run.to_json())
+    run.environment = {**run.environment, "created": "2025-01-01", "gpu": {"name": "an old GPU"}}
+    (repository / "benchmarks/results/hopper_old.json").write_text(run.to_json())
+
+    assert update.main([*arguments, "--check"]) == 1
+    assert "old" in (repository / "README.md").read_text()
+    assert update.main(arguments) == 0
+    readme = (repository / "README.md").read_text()
+    assert readme.startswith("# A\nbefore\n") and readme.endswith("after\n")
+    assert "a made-up GPU" in readme and "commit abcdef1234" in readme
+    row = next(line for line in readme.splitlines() if line.startswith("| 4096x4096 | 16 |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[4:7] == ["1.25", "-", "2.50"]  # Humming and fp16 at 1.5 and 3.0 against our 1.2; no fp8 in this run
+    assert "| 4096x4096 | 1 |" in (repository / "docs/benchmark.md").read_text()
+    assert (repository / "benchmarks/plots/readme_latency.png").exists()
+    assert update.main([*arguments, "--check"]) == 0
+
+
+def test_without_results_the_texts_say_not_measured(repository):
+    update = load_script("update_readme")
+    assert update.main(["--root", str(repository)]) == 0
+    assert (repository / "docs/benchmark.md").read_text().count("Not measured yet.") == 3
+
+
+def test_a_missing_marker_is_an_error_that_names_it(repository):
+    update = load_script("update_readme")
+    (repository / "README.md").write_text("no markers")
+    with pytest.raises(ValueError, match=r"README\.md must hold the markers <!-- benchmark:headline:begin -->"):
+        update.main(["--root", str(repository)])
+
+
+def test_the_repositorys_texts_are_what_its_saved_runs_give():
+    assert load_script("update_readme").main(["--check"]) == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.name)
+def test_saved_results_can_be_read_and_hold_nothing_wrong(path):
+    run = load_run(path)
+    assert run.measurements and run.num_wrong == 0
+    assert run.environment["command"] and "commit" in run.environment
