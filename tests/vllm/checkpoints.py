@@ -66,7 +66,7 @@ def odd_sizes(folder: Path, group_size: int) -> Path:
 
 
 def out_of_range(source: Path, folder: Path) -> Path:
-    """Group scales 1.5 times too large, channel scales as much smaller: the same weights, but int8 would wrap around."""
+    """Group scales 1.5 times too large, channel scales as much smaller: the same weights, outside the range of int8."""
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         for name in tensors:

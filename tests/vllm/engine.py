@@ -1,7 +1,8 @@
-"""Runs vLLM's engine in a process of its own: `python engine.py JOBS RESULTS` works off a list of jobs, one engine each.
+"""Runs vLLM's engine in a process of its own: `python engine.py JOBS RESULTS` works off a list, one engine a job.
 
-A job is `{"model": ..., "prompts": [[ids]], "num_tokens": n, "options": {arguments of vllm.LLM}, "reload": bool}`, a result
-`{"tokens": [[ids]], "layers": {name: {...}}, "reloaded": [[ids]]}` or `{"error": text}`.
+A job is `{"model": folder, "prompts": [[ids]], "num_tokens": n, "options": {arguments of vllm.LLM}, "reload": folder}`
+(the last two may be missing), a result `{"tokens": [[ids]], "layers": {name: {...}}, "reloaded": [[ids]]}` or
+`{"error": text}`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # Models this small gain nothing from threads, and threads that wait for each other in a loop lose a lot on a busy
+    # machine.
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 
 
@@ -29,8 +34,6 @@ def run(
 ) -> list[dict[str, Any]]:
     """Starts the process, waits, and returns one result a job."""
     names = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | ENVIRONMENT | environment
-    if any(job.get("options", {}).get("tensor_parallel_size", 1) > 1 for job in jobs):
-        names["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     for job in jobs:
         job.setdefault("options", {})["enforce_eager"] = not compiled
     if not compiled:

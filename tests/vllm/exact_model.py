@@ -1,4 +1,4 @@
-"""What the engine must agree with: a Transformers model whose linear layers run the exact ops, one file tensor at a time."""
+"""What the engine must agree with: a Transformers model whose linear layers run the exact ops, one module at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROW_PARALLEL = ("o_proj", "down_proj")
 
 
 class RowParallel(torch.nn.Module):
-    """A layer whose inputs are divided over ranks: every rank quantises its part of the token, the outputs are added."""
+    """A layer whose inputs are divided over ranks: each rank quantises its part of the token, the outputs are added."""
 
     def __init__(self, layer: QQQLinear, ranks: int) -> None:
         super().__init__()
@@ -72,13 +72,6 @@ def continue_greedily(model: PreTrainedModel, prompts: list[list[int]], num_toke
     return [
         Continuation(row[:length], row[length:], margin) for row, margin in zip(rows, margins.tolist(), strict=True)
     ]
-
-
-def decided(model: PreTrainedModel, prompts: list[list[int]], num_tokens: int, count: int) -> list[Continuation]:
-    """The `count` continuations with the widest margins: those that no difference of rounding in attention, norms and
-    embeddings (which are the engine's own, not ours) can turn."""
-    candidates = continue_greedily(model, prompts, num_tokens)
-    return sorted(candidates, key=lambda candidate: -candidate.margin)[:count]
 
 
 def text_prompts(folder: Path, count: int, length: int) -> list[list[int]]:

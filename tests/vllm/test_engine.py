@@ -1,9 +1,9 @@
 """The real engine on the CPU against a Transformers model whose linear layers are the exact ops.
 
-Linear layers agree to the bit; attention, norms and embeddings are the engine's own and round differently, which a greedy
-choice between two nearly equal logits can show. So tokens are compared where the reference's margin (the distance of the
-best logit from the second best, over a whole continuation) is wider than such differences: MARGIN, several times what is
-seen. How many continuations that leaves is asserted too.
+Linear layers agree to the bit; attention, norms and embeddings are the engine's own and round differently, which a
+greedy choice between two nearly equal logits can show. So tokens are compared where the reference's margin (how far the
+best logit is from the second best, at the closest of a continuation's steps) is wider than MARGIN, which is half as wide
+again as the widest that was seen to turn. How many continuations that leaves is asserted too.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def test_two_ranks(demo, tmp_path, compiled):
 
 
 def test_without_the_plugin_the_method_is_unknown(demo, tmp_path):
-    """Negative control: what a user sees whose environment lacks this package, and proof that the plug-in is what serves."""
+    """Negative control: what a user sees whose environment lacks this package; the plug-in is what serves."""
     prompts = {"prompts": [[1, 2, 3]], "num_tokens": 1}
     (result,) = engine.run([{"model": str(demo[128]), **prompts}], tmp_path, VLLM_PLUGINS="")
     assert "Unknown quantization method: qqq" in result["error"]
