@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -210,15 +211,15 @@ def test_registering_twice_does_nothing() -> None:
 
 
 def test_what_a_user_sees_who_forgets_the_import(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """docs/transformers.md quotes this: a warning, and a model whose weights are random."""
     monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "qqq")
     monkeypatch.delitem(AUTO_QUANTIZER_MAPPING, "qqq")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model.get_submodule(LAYER)) is torch.nn.Linear
-    seen = capfd.readouterr().err
-    assert "Unknown quantization type, got qqq" in seen and "MISSING" in seen
+    assert "Unknown quantization type, got qqq" in caplog.text and "MISSING" in caplog.text
     enable_transformers()
     assert type(AutoModelForCausalLM.from_pretrained(folder).get_submodule(LAYER)) is QQQLinear
 
