@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import sys
 import sysconfig
 import time
@@ -42,7 +43,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; flat: eight files")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; flat")
     parser.add_argument("--stdlib", type=Path, help="standard library to read (default: the running interpreter's)")
     parser.add_argument("--stdlib-label", help="what the card calls that text, e.g. 'CPython 3.12.1 with its tests'")
     parser.add_argument("--minutes", type=float, default=4.0, help="wall clock for everything, set-up included")
@@ -348,6 +349,8 @@ def main() -> None:
     write_model(model, tokenizer, arguments.out)
     held_out_text = "\n\n".join(corpus.held_out)
     (arguments.out / "heldout.txt").write_text(held_out_text, encoding="utf-8")
+    if (standard_library / "LICENSE.txt").is_file():  # distributions put it elsewhere
+        shutil.copyfile(standard_library / "LICENSE.txt", arguments.out / "LICENSE-PSF.txt")
     facts |= {
         "seed": arguments.seed,
         "held_out_loss": held_out_loss,

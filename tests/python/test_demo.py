@@ -192,6 +192,21 @@ def test_demo_model_keeps_its_perplexity() -> None:
         assert 1.0 < perplexity(quantized) / original < 1.08
 
 
+@needs_model
+@pytest.mark.gpu
+def test_demo_model_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    source = demo.read_source(MODEL, None, device, 16 * 512)
+    with demo._progress(Console(file=io.StringIO())) as progress:
+        task = progress.add_task("", total=None)
+        rows = list(demo.compare(source, demo.DEFAULT_PROMPT, 32, "rtn", None, progress, task))
+    original, *quantized = (row.perplexity.value for row in rows)
+    facts = json.loads((MODEL / "training.json").read_text(encoding="utf-8"))
+    assert 0.8 < original / facts["held_out_perplexity"] < 1.25
+    for value in quantized:
+        assert 1.0 < value / original < 1.08
+
+
 # The text that it was trained on
 
 

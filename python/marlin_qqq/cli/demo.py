@@ -274,16 +274,15 @@ def _evaluate(
 
     progress.update(task, description=f"{name}: perplexity")
     end = (progress.tasks[0].completed or 0) + num_windows(source.token_ids.numel(), source.window) + new_tokens
-    with torch.inference_mode():  # first calls compile, allocate and load: not part of the speed
-        model(input_ids=source.token_ids[None, : source.window].to(source.device), use_cache=False)
-    perplexity = measure_perplexity(
-        model,
-        source.token_ids,
-        source.window,
-        start_token=source.tokenizer.bos_token_id,
-        batch_size=source.batch_size,
-        on_window=advance,
-    )
+    windows: dict[str, Any] = {
+        "window": source.window,
+        "start_token": source.tokenizer.bos_token_id,
+        "batch_size": source.batch_size,
+    }
+    # The first calls load kernels and allocate: they are not part of the speed.
+    warm_up = source.window * (source.batch_size if source.device.type == "cuda" else 1)
+    measure_perplexity(model, source.token_ids[:warm_up], **windows)
+    perplexity = measure_perplexity(model, source.token_ids, on_window=advance, **windows)
     progress.update(task, description=f"{name}: continuing the prompt")
     continue_greedily(model, source.tokenizer, prompt, min(new_tokens, 4))
     continuation = continue_greedily(model, source.tokenizer, prompt, new_tokens, on_token=advance)
