@@ -6,7 +6,8 @@ Parts, in this order: quantize_per_token; the product on the reference shapes ov
 and our own sm_80 kernels; 400 launches back to back for large M; bias and bf16; quantise + product as a layer runs it.
 Humming joins in when `humming-kernels` can be imported (a folder on PYTHONPATH will do); its kernels compile while the
 first part runs. The file is written after every part; a run that reaches --budget leaves the rest out and says what.
-In a copy of the repository without .git, MARLIN_QQQ_COMMIT names the commit. The last lines printed are a short table and the goals (benchmarks/goals.py).
+In a copy of the repository without .git, MARLIN_QQQ_COMMIT names the commit. The last lines printed are a short table
+and the goals (benchmarks/goals.py).
 """
 
 from __future__ import annotations

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,6 +138,30 @@ def test_compare_shows_regressions_and_can_fail(tmp_path):
 
 def test_models_lists_every_preset():
     assert "llama-3.1-405b" in bench("models").output
+
+
+def test_a_narrow_terminal_gets_fewer_columns_and_is_told(tmp_path):
+    from rich.console import Console
+
+    from marlin_qqq.bench.output import show
+
+    path = tmp_path / "run.json"
+    bench("gemm", *TINY, "-m", "1", "--json", str(path))
+    for width, is_whole in ((70, False), (200, True)):
+        console = Console(width=width, record=True, file=io.StringIO())
+        show(load_run(path), console)
+        text = console.export_text()
+        assert ("Left out, for the terminal is narrow: p10-p90" in text) != is_whole
+        assert ("p10-p90" in text.splitlines()[2]) == is_whole
+        assert "exact" in text and "…" not in text
+
+
+def test_the_module_can_be_run():
+    output = subprocess.run(
+        [sys.executable, "-m", "marlin_qqq.bench", "compare", "no.json", "no.json"], capture_output=True, text=True
+    )
+    assert output.returncode == 1
+    assert output.stderr.startswith("marlin-qqq bench: no.json cannot be read")
 
 
 # Variants of our op

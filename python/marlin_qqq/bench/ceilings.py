@@ -6,6 +6,7 @@ The floor of a problem is the larger of its bytes over the one and its operation
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from marlin_qqq.bench.problem import Ceilings
 KNOWN_INT8_TOPS = {"H200": 1910.0, "H100": 1920.0}
 
 READ_BYTES = 2 << 30
+WARM_UP_SECONDS = 0.1
 RATE_BLOCKS_PER_SM = 6
 RATE_REPEATS = 4096
 
@@ -139,11 +141,15 @@ def _int_mm_rate(device: str) -> float:
 
 
 def _event_us(launch: Callable[[], Any], repeats: int = 7) -> float:
-    """Median time of one launch between events, after two to warm up."""
+    """Median time of one launch between events, after enough of them for the clocks to rise."""
     import torch
 
-    for _ in range(2):
+    end_of_warm_up = time.monotonic() + WARM_UP_SECONDS
+    launch()
+    torch.cuda.synchronize()
+    while time.monotonic() < end_of_warm_up:
         launch()
+        torch.cuda.synchronize()
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

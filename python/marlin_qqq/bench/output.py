@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
+from rich.measure import Measurement as RichMeasurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from marlin_qqq.bench.results import Run, write_text_atomically
 from marlin_qqq.bench.tables import footnotes, measurement_table
 
 # Columns are never dropped: where the output is no terminal (a log, a file) the table gets the width it needs.
 WIDTH_OF_A_LOG = 200
+DROPPED_FIRST = ("p10-p90", "x int_mm", "GB/s", "x vllm_qqq", "x vllm_w8a8", "TOPS", "x read", "layer", "x fp16")
 
 
 def make_console(stderr: bool = False) -> Console:
@@ -61,10 +64,26 @@ def write_files(run: Run, json_path: Path | None, csv_path: Path | None, plot_fo
 
 
 def show(run: Run, console: Console) -> None:
-    """The run's table with its footnotes."""
-    console.print(measurement_table(run))
+    """The run's table with its footnotes. A narrow terminal gets fewer columns, and is told which."""
+    table = measurement_table(run)
+    dropped = fit_width(table, console)
+    console.print(table)
+    if dropped:
+        console.print(f"Left out, for the terminal is narrow: {', '.join(dropped)}.", style="dim", highlight=False)
     for line in footnotes(run):
         console.print(line, style="dim", highlight=False)
+
+
+def fit_width(table: Table, console: Console) -> list[str]:
+    """Removes columns, the least needed first, until ``table`` fits the console; returns their headers."""
+    dropped = []
+    for header in DROPPED_FIRST:
+        if RichMeasurement.get(console, console.options.update(width=10_000), table).minimum <= console.width:
+            break
+        if any(column.header == header for column in table.columns):
+            table.columns = [column for column in table.columns if column.header != header]
+            dropped.append(header)
+    return dropped
 
 
 def exit_code(run: Run) -> int:
