@@ -56,8 +56,8 @@ The test modules of both are left out of training as well. All facts of the run:
 ## Licence
 
 The training text and `heldout.txt` are part of CPython: Copyright (c) 2001 Python Software Foundation; All Rights
-Reserved; used under the PSF License Agreement (`LICENSE-PSF.txt`, or https://docs.python.org/3/license.html). `heldout.txt` is the text of
-the modules named above, one after the other, unchanged but for line ends and tabs.
+Reserved; used under the PSF License Agreement (`LICENSE-PSF.txt`, also https://docs.python.org/3/license.html).
+`heldout.txt` is the text of the modules named above, one after the other, unchanged but for line ends and tabs.
 """
 
 
