@@ -298,6 +298,17 @@ def test_default_baselines_of_a_gpu_say_why_they_are_missing_here():
     assert {"marlin_qqq", "read", "humming", "vllm_qqq", "vllm_w8a8"} <= names
 
 
+def test_peers_that_cannot_run_give_their_reason():
+    from marlin_qqq.bench.implementations import humming, vllm
+    from marlin_qqq.bench.implementations.base import Context
+
+    context = Context("cpu", torch.float16, l2_bytes=0)
+    for peer in (humming.HummingGemm(128), vllm.VllmQQQ(128), vllm.VllmScaledMm()):
+        with pytest.raises(Unavailable, match="CUDA device"):
+            peer.available(context)
+    assert humming.compile_ahead([(64, 128)], [128], context) == "Humming needs a CUDA device"
+
+
 @pytest.mark.gpu
 def test_gemm_on_the_gpu(tmp_path):
     path = tmp_path / "run.json"
