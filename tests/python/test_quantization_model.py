@@ -97,6 +97,14 @@ def test_layers_that_share_a_weight_share_the_packed_weight(model):
     assert torch.equal(second.dequantize(), expected)
 
 
+def test_a_layer_with_several_parents_or_names_is_replaced_everywhere():
+    layer = nn.Linear(64, 64)
+    model = nn.ModuleDict({"a": layer, "b": layer, "c": nn.Sequential(layer, nn.ReLU(), layer)})
+    marlin_qqq.quantize_model(model)
+    assert isinstance(model["a"], QQQLinear)
+    assert model["a"] is model["b"] is model["c"][0] is model["c"][2]
+
+
 def test_subclasses_of_linear_are_left_to_their_owners():
     attention = nn.ModuleDict({"attention": nn.MultiheadAttention(64, 2), "out": nn.Linear(64, 64)})
     marlin_qqq.quantize_model(attention)
@@ -179,6 +187,10 @@ def test_bad_calls_are_refused_and_name_the_layer(model):
         marlin_qqq.quantize_model(nn.Sequential(nn.ReLU()))
     with pytest.raises(ValueError, match=r"layers\.0\.gate: method is 'awq'"):
         marlin_qqq.quantize_model(model, method="awq")
+    model.layers[0].gate.weight.data = model.layers[0].gate.weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match=r"layers\.0\.gate: weight is torch.float8_e4m3fn; it must be float16"):
+        marlin_qqq.quantize_model(model)
+    model.layers[0].gate.weight.data = model.layers[0].gate.weight.data.float()
     with torch.no_grad():
         model.layers[1].down.weight[3, 4] = torch.nan
     with pytest.raises(ValueError, match=r"layers\.1\.down: weight holds 1 NaN or infinite values"):

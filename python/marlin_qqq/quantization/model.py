@@ -98,8 +98,8 @@ def quantize_model(
                     own_options = options | ({"hessian": hessians.pop(name)} if name in hessians else {})
                     try:
                         layer = qqq_linear.QQQLinear.from_linear(linear, group_size, method, **own_options)
-                    except ValueError as error:
-                        raise ValueError(f"{name}: {error}") from error
+                    except (TypeError, ValueError) as error:
+                        raise type(error)(f"{name}: {error}") from error
                     if num_uses[id(weight)] > 1:
                         shared[id(weight)] = (layer, weight)
                 else:
@@ -144,9 +144,9 @@ def _layers_to_quantize(model: nn.Module, skip: Sequence[str]) -> list[str]:
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Puts ``new`` wherever ``old`` is: one module may have several parents."""
     for parent in list(model.modules()):
-        for key, child in list(parent.named_children()):
-            if child is old:
-                setattr(parent, key, new)
+        # Not named_children(), which names a child that is there twice only once.
+        for key in [key for key, child in parent._modules.items() if child is old]:
+            setattr(parent, key, new)
 
 
 @contextmanager
