@@ -46,13 +46,14 @@ struct Job {
 class ThreadPool {
  public:
   void run(Job& job) {
+    const bool wants_one = job.wanted_workers == 1;  // once published, the count is the workers' to change
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       start_workers(job.wanted_workers);
       jobs_.push_back(&job);
       num_jobs_.store(static_cast<int>(jobs_.size()), std::memory_order_release);
     }
-    if (job.wanted_workers == 1) {
+    if (wants_one) {
       work_arrived_.notify_one();
     } else {
       work_arrived_.notify_all();
