@@ -10,7 +10,9 @@ PYTEST_ARGS ?=
 PY := $(VENV)/bin/python
 PY_NEWEST := $(VENV_NEWEST)/bin/python
 BUILD = build/cmake-$(shell $(PY) -c 'import sys; print(sys.implementation.cache_tag)')
-CPP_SOURCES = git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.h' 'tests/cpp/*.cpp'
+# All but the generated file.
+CPP_SOURCES = git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.h' 'tests/cpp/*.cpp' \
+	':!csrc/cuda/common/wgmma_int8.cuh'
 WITH_TESTS = CMAKE_ARGS="-DMARLIN_QQQ_BUILD_TESTS=ON $(CMAKE_ARGS)"
 export MAX_JOBS
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -67,8 +69,9 @@ test-abi: build $(VENV_NEWEST)/.ready
 	$(PY_NEWEST) -m pytest $(ABI_TESTS) $(PYTEST_ARGS)
 	@sha256sum python/marlin_qqq/libmarlin_qqq*.so
 
-test-vllm: build
-	scripts/test_vllm.sh
+# Sets up its own environments, one a vLLM version.
+test-vllm:
+	$(PYTHON) scripts/test_vllm.py $(PYTEST_ARGS)
 
 lint: build ptxas
 	$(VENV)/bin/ruff check .

@@ -1,4 +1,4 @@
-"""Writes csrc/cuda/common/wgmma_int8.cuh: one wrapper a token count of wgmma.mma_async m64nNk32 s32.s8.s8 with A in registers.
+"""Writes csrc/cuda/common/wgmma_int8.cuh: a wrapper for each token count of wgmma m64nNk32 s32.s8.s8, A in registers.
 
 The instruction names every accumulator register, so the wrappers cannot be a loop in C++. Run after changing this file:
 
