@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+
+# Read when torch loads its OpenMP: threads sleep at barriers in place of spinning. On a machine that does other work too,
+# spinning makes a demo of one minute one of ten.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import typer
