@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# Read when torch loads its OpenMP: threads sleep at barriers in place of spinning, which on a busy machine (a CI runner)
-# makes small tensor operations tens of times slower.
+# Read when torch loads its OpenMP: threads sleep at barriers in place of spinning, which on a busy machine (a CI
+# runner) makes small tensor operations tens of times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest

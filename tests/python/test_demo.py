@@ -95,7 +95,9 @@ def test_rows_and_agreement_shown(tiny: Path) -> None:
     assert "same as the original ─" in shown(same)
     ids = original.continuation.token_ids
     other = demo.Continuation((*ids[:2], ids[2] + 1, *ids[3:]), "x", 1.0)
-    assert f"same as the original for 2 of {len(ids)} tokens" in shown(demo.Row("o", 0, original.perplexity, other))
+    assert f"same as the original for the first 2 of {len(ids)} tokens" in shown(
+        demo.Row("o", 0, original.perplexity, other)
+    )
 
 
 # Bad input

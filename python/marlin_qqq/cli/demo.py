@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-# Read when torch loads its OpenMP: threads sleep at barriers in place of spinning. On a machine that does other work too,
-# spinning makes a demo of one minute one of ten.
+# Read when torch loads its OpenMP: threads sleep at barriers in place of spinning. On a machine that does other work as
+# well, spinning makes a demo of one minute one of ten.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -341,6 +341,7 @@ def results_table(rows: list[Row], source: Source, method: str) -> Table:
     table = Table(
         title="Original and QQQ (4-bit weights, 8-bit activations)",
         caption=f"Perplexity on {used:,} tokens{share}, windows of {source.window}: lower is better. "
+        f"Reading: that text, {source.batch_size} windows at once; writing: one token after the other. "
         f"MB = 10^6 bytes, scales included. Scales by {method}.",
         caption_justify="left",
     )
@@ -381,5 +382,7 @@ def continuation_panel(row: Row, first: Row, prompt: str, highlight: bool) -> Pa
             (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
         )
         whole = same == len(ours) == len(theirs)
-        footer = "same as the original" if whole else f"same as the original for {same} of {len(theirs)} tokens"
+        footer = (
+            "same as the original" if whole else f"same as the original for the first {same} of {len(theirs)} tokens"
+        )
     return Panel(Group(shown), title=row.name, title_align="left", subtitle=footer, subtitle_align="right")
