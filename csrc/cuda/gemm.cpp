@@ -28,7 +28,11 @@ cudaError_t query_properties(int device, plan::DeviceProperties* properties) {
                  l2_bytes,
                  shared,
                  bandwidth > 0 ? bandwidth : 2000.0,
-                 clock_khz > 0 ? clock_khz / 1e6 : 1.7};
+                 clock_khz > 0 ? clock_khz / 1e6 : 1.7,
+                 {}};
+  if (properties->compute_capability == 90) {
+    for (int size = 1; size <= 8; ++size) properties->clusters[size - 1] = sm90::max_active_clusters(size);
+  }
   return cudaSuccess;
 }
 
@@ -63,7 +67,7 @@ cudaError_t launch_gemm(const plan::Plan& plan, const plan::Problem& problem, co
     case plan::Family::kSm80:
       return sm80::launch(plan, problem, arguments, scratch, stream);
     case plan::Family::kSm90:
-      return sm90::launch(plan, problem, arguments, stream);
+      return sm90::launch(plan, problem, arguments, scratch, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -64,7 +64,7 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const std
   if (problem.num_tokens == 0 || problem.out_features == 0 || problem.in_features == 0) return {};
   for (const Plan& plan : plans) {
     if (!tile_override.empty() && plan.tile_name != tile_override) continue;
-    if (split_override != 0 && plan.split != split_override) continue;
+    if (split_override != 0 && plan.split * plan.scratch_split != split_override) continue;
     return plan;
   }
   throw std::invalid_argument("no tile named '" + tile_override + "' with split " + std::to_string(split_override) +
@@ -90,7 +90,9 @@ DeviceProperties reference_device(const std::string& architecture) {
   if (architecture == "sm_80") return {80, 108, 40 * kMiB, 166912, 2039, 1.41};   // A100 80 GB
   if (architecture == "sm_86") return {86, 84, 6 * kMiB, 101376, 768, 1.70};      // A40 / RTX 3090 class
   if (architecture == "sm_89") return {89, 142, 96 * kMiB, 101376, 864, 2.49};    // L40S
-  if (architecture == "sm_90") return {90, 132, 50 * kMiB, 232448, 4917, 1.755};  // H200
+  if (architecture == "sm_90") {
+    return {90, 132, 60 * kMiB, 232448, 4814, 1.98, {132, 66, 39, 30, 22, 17, 15, 15}};  // H200
+  }
   if (architecture == "sm_120") return {120, 188, 128 * kMiB, 101376, 1792, 2.4};  // RTX PRO 6000
   throw std::invalid_argument("device is '" + architecture + "'; allowed: sm_80, sm_86, sm_89, sm_90, sm_120");
 }
@@ -103,10 +105,10 @@ std::string to_string(const Plan& plan) {
   if (plan.family == Family::kNone) return "nothing to launch";
   char text[256];
   std::snprintf(text, sizeof(text),
-                "%s %s: tile %d tokens x %d features, %d stages, split %d, multicast %d, grid %d x %d threads, %d bytes of "
+                "%s %s: tile %d tokens x %d features, %d stages, split %d x %d, multicast %d, grid %d x %d threads, %d bytes of "
                 "shared memory, %lld bytes of scratch, estimated %.1f us",
                 family_name(plan.family), plan.tile_name.c_str(), plan.tile_tokens, plan.tile_features, plan.stages,
-                plan.split, plan.multicast, plan.grid, plan.threads, plan.shared_memory_bytes,
+                plan.split, plan.scratch_split, plan.multicast, plan.grid, plan.threads, plan.shared_memory_bytes,
                 static_cast<long long>(plan.scratch_bytes), plan.estimated_us);
   return text;
 }

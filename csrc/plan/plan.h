@@ -2,6 +2,7 @@
 // so that the planner runs, prints and is tested on a machine without a GPU.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -24,6 +25,8 @@ struct DeviceProperties {
   int shared_memory_per_block; // bytes a block may opt in to
   double memory_gb_per_s;      // DRAM bandwidth by its clock and width
   double clock_ghz;            // multiprocessor clock
+  // Clusters of 1..8 blocks that run at once, a block a multiprocessor (sm_90): GPCs differ in size from chip to chip.
+  std::array<int, 8> clusters = {};
 };
 
 // The architecture's kernel family. kNone: nothing to launch (an empty problem).
@@ -37,7 +40,8 @@ struct Plan {
   int tile_tokens = 0;         // tokens of one block's tile
   int tile_features = 0;       // output features of one block's tile
   int stages = 0;              // depth of the shared-memory pipeline
-  int split = 1;               // blocks that share one output tile, each with a slice of in_features
+  int split = 1;               // blocks that share one output tile, each with a slice of in_features (sm90: one cluster)
+  int scratch_split = 1;       // clusters that share one output tile: their sums meet in scratch (sm90)
   int multicast = 1;           // blocks of a cluster that share one activation tile (sm90)
   int grid = 0;                // blocks
   int threads = 0;             // threads a block

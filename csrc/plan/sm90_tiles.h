@@ -7,77 +7,89 @@
 
 namespace marlin_qqq::plan {
 
-// How the two consumer warpgroups of a block share the work.
+// How the warpgroups of a block share the work.
 enum class Cooperation {
-  kFeatures,  // each takes half of the tile's output features
-  kDepth,     // each takes half of every stage's inputs (k); their sums are added at the end
+  // Two warpgroups, each with half of the tile's output features, read the same ring of stages, which a warp of its own
+  // fills. For many tokens.
+  kFeatures,
+  // Every warpgroup has a ring of its own, which it fills itself, and its part of the inputs (k); their sums are added at
+  // the end. For few tokens: no warpgroup waits for another, and no registers go to a warp that only copies.
+  kDepth,
 };
 
 struct Sm90Tile {
   std::string_view name;
-  int blocks;  // 64-row products a warpgroup keeps: its features are 64 * blocks. 1, 2 or 4
+  int blocks;  // 64-row products a warpgroup keeps: its features are 64 * blocks. 1 or 2 (4: up to 64 tokens)
   int tokens;  // n of the product: a multiple of 8 (up to 32) or 16 (up to 256). Sums a thread: blocks * tokens / 2 <= 128
   Cooperation cooperation;
-  int stages;
+  int warpgroups;     // that multiply
+  int stages;         // of 128 inputs, a ring
   int blocks_per_sm;  // thread blocks that must fit on a multiprocessor together
 
-  // Bytes and shapes that follow from a row. A stage holds `depth` inputs of the tile, in slices of 128.
+  // Bytes and shapes that follow from a row
+  constexpr bool depth_split() const { return cooperation == Cooperation::kDepth; }
+  constexpr int rings() const { return depth_split() ? warpgroups : 1; }
   constexpr int warpgroup_features() const { return 64 * blocks; }
-  constexpr int features() const { return warpgroup_features() * (cooperation == Cooperation::kFeatures ? 2 : 1); }
-  constexpr int slices() const { return cooperation == Cooperation::kDepth ? 2 : 1; }
-  constexpr int depth() const { return 128 * slices(); }
-  constexpr int activation_bytes() const { return tokens * depth(); }
-  constexpr int weight_bytes() const { return features() * depth() / 2; }
-  constexpr int scale_bytes() const { return features() * 2 * slices(); }
-  constexpr int stage_bytes() const { return activation_bytes() + weight_bytes() + scale_bytes(); }
-  // Tiles that own a whole multiprocessor give their producer a warpgroup, so that it can hand its registers over.
-  constexpr bool whole_sm() const { return blocks_per_sm == 1; }
-  // Steps of 32 inputs that one group of asynchronous products covers: more a group means fewer waits, which streaming
-  // tiles are short of, and more operand registers, which the large tiles are short of.
-  constexpr int steps_per_group() const { return tokens <= 64 && blocks_per_sm > 1 ? 2 : 1; }
-  constexpr int threads() const { return 256 + (whole_sm() ? 128 : 32); }
+  constexpr int features() const { return warpgroup_features() * (depth_split() ? 1 : warpgroups); }
+  constexpr int activation_bytes() const { return tokens * 128; }
+  constexpr int weight_bytes() const { return features() * 64; }
+  constexpr int scale_bytes() const { return features() * 2; }
+  constexpr int ring_bytes() const {
+    return (stages * (activation_bytes() + weight_bytes() + scale_bytes()) + 1023) / 1024 * 1024;
+  }
+  // A warp that only copies gets a warpgroup's worth of threads, so that it can hand registers over.
+  constexpr int threads() const { return 128 * (warpgroups + (depth_split() ? 0 : 1)); }
   // Output staging: each warpgroup has two chunks of `store_tokens` rows; 64 features of two bytes are 128 bytes of a row.
   constexpr int store_tokens() const { return tokens % 32 == 0 && blocks == 1 ? 32 : 16; }
   constexpr int chunk_bytes() const { return blocks * store_tokens() * 128; }
-  constexpr int staging_bytes() const { return cooperation == Cooperation::kFeatures ? 2 * 2 * chunk_bytes() : 0; }
-  // Partial sums, int32 [copies][tokens][features + 4] over the stages when the work of a tile is split.
+  constexpr int staging_bytes() const { return depth_split() ? 0 : warpgroups * 2 * chunk_bytes(); }
+  // Partial sums, int32 [rings][tokens][features + 4] over the rings when the work of a tile is split.
   constexpr int partial_pitch() const { return features() + 4; }
-  constexpr int partial_bytes() const { return slices() * tokens * partial_pitch() * 4; }
-  // Barriers, the token scales of both warpgroups, and the slack that aligns the stages to 1,024 bytes.
-  constexpr int fixed_bytes() const { return 2 * 8 * stages + 2 * 4 * 256 + 1024 + 64; }
+  constexpr int partial_bytes() const { return rings() * tokens * partial_pitch() * 4; }
   constexpr int pipeline_bytes() const {
-    return stages * stage_bytes() > partial_bytes() ? stages * stage_bytes() : partial_bytes();
+    return rings() * ring_bytes() > partial_bytes() ? rings() * ring_bytes() : partial_bytes();
   }
+  // Barriers, the token scales of the warpgroups, and the slack that aligns the stages to 1,024 bytes.
+  constexpr int token_scale_bytes() const { return depth_split() ? 0 : warpgroups * 4 * tokens; }
+  constexpr int fixed_bytes() const { return 2 * 8 * stages * rings() + token_scale_bytes() + 1024 + 64; }
   constexpr int shared_memory_bytes() const { return staging_bytes() + pipeline_bytes() + fixed_bytes(); }
+  // Steps of 32 inputs that one group of asynchronous products covers: more a group means fewer waits, which streaming
+  // tiles are short of, and more operand registers, which the large tiles are short of.
+  constexpr int steps_per_group() const { return depth_split() && tokens <= 24 ? 2 : 1; }
 };
 
 // clang-format off
 inline constexpr Sm90Tile kSm90Tiles[] = {
     // Streaming: few tokens, the weights' bytes are the time. Two blocks a multiprocessor, so that the next kernel's
     // blocks can start fetching beside this one's.
-    {"stream8",   2,   8, Cooperation::kDepth,    5, 2},
-    {"stream16",  2,  16, Cooperation::kDepth,    5, 2},
-    {"stream24",  2,  24, Cooperation::kDepth,    4, 2},
-    {"stream32",  2,  32, Cooperation::kDepth,    4, 2},
-    {"stream48",  2,  48, Cooperation::kDepth,    3, 2},
-    {"stream64",  2,  64, Cooperation::kDepth,    3, 2},
+    {"stream8",    2,   8, Cooperation::kDepth,    2, 5, 2},
+    {"stream16",   2,  16, Cooperation::kDepth,    2, 5, 2},
+    {"stream24",   2,  24, Cooperation::kDepth,    2, 4, 2},
+    {"stream32",   2,  32, Cooperation::kDepth,    2, 4, 2},
+    {"stream48",   2,  48, Cooperation::kDepth,    2, 3, 2},
+    {"stream64",   2,  64, Cooperation::kDepth,    2, 3, 2},
+    // The same with one block of four warpgroups: half as many partial sums.
+    {"quad16",     2,  16, Cooperation::kDepth,    4, 5, 1},
+    {"quad32",     2,  32, Cooperation::kDepth,    4, 4, 1},
+    {"quad48",     2,  48, Cooperation::kDepth,    4, 3, 1},
+    {"quad64",     2,  64, Cooperation::kDepth,    4, 3, 1},
     // Wide features, medium tokens: 256 features a block halve the activations' traffic.
-    {"wide64",    2,  64, Cooperation::kFeatures, 8, 1},
-    {"wide80",    2,  80, Cooperation::kFeatures, 7, 1},
-    {"wide96",    2,  96, Cooperation::kFeatures, 7, 1},
-    {"wide112",   2, 112, Cooperation::kFeatures, 6, 1},
-    {"wide128",   2, 128, Cooperation::kFeatures, 6, 1},
+    {"wide64",    2,  64, Cooperation::kFeatures, 2, 8, 1},
+    {"wide80",    2,  80, Cooperation::kFeatures, 2, 7, 1},
+    {"wide96",    2,  96, Cooperation::kFeatures, 2, 7, 1},
+    {"wide112",   2, 112, Cooperation::kFeatures, 2, 6, 1},
+    {"wide128",   2, 128, Cooperation::kFeatures, 2, 6, 1},
     // Wide tokens: the dequantisation of a weight serves up to 256 tokens, which hides the group scales.
-    {"deep96",    1,  96, Cooperation::kFeatures, 8, 1},
-    {"deep128",   1, 128, Cooperation::kFeatures, 8, 1},
-    {"deep144",   1, 144, Cooperation::kFeatures, 7, 1},
-    {"deep160",   1, 160, Cooperation::kFeatures, 7, 1},
-    {"deep176",   1, 176, Cooperation::kFeatures, 6, 1},
-    {"deep192",   1, 192, Cooperation::kFeatures, 6, 1},
-    {"deep208",   1, 208, Cooperation::kFeatures, 6, 1},
-    {"deep224",   1, 224, Cooperation::kFeatures, 5, 1},
-    {"deep240",   1, 240, Cooperation::kFeatures, 5, 1},
-    {"deep256",   1, 256, Cooperation::kFeatures, 5, 1},
+    {"deep96",    1,  96, Cooperation::kFeatures, 2, 8, 1},
+    {"deep128",   1, 128, Cooperation::kFeatures, 2, 8, 1},
+    {"deep144",   1, 144, Cooperation::kFeatures, 2, 7, 1},
+    {"deep160",   1, 160, Cooperation::kFeatures, 2, 7, 1},
+    {"deep176",   1, 176, Cooperation::kFeatures, 2, 6, 1},
+    {"deep192",   1, 192, Cooperation::kFeatures, 2, 6, 1},
+    {"deep208",   1, 208, Cooperation::kFeatures, 2, 6, 1},
+    {"deep224",   1, 224, Cooperation::kFeatures, 2, 5, 1},
+    {"deep240",   1, 240, Cooperation::kFeatures, 2, 5, 1},
+    {"deep256",   1, 256, Cooperation::kFeatures, 2, 5, 1},
 };
 // clang-format on
 inline constexpr int kSm90TileCount = sizeof(kSm90Tiles) / sizeof(kSm90Tiles[0]);
@@ -93,7 +105,9 @@ constexpr bool sm90_tiles_are_sound() {
   for (const Sm90Tile& tile : kSm90Tiles) {
     if (tile.blocks * tile.tokens > 256) return false;                                      // sums: 128 registers
     if (tile.tokens % (tile.tokens <= 32 ? 8 : 16) != 0 || tile.tokens > 256) return false;  // n of integer wgmma
-    if (tile.shared_memory_bytes() > 232448 / tile.blocks_per_sm - (tile.whole_sm() ? 0 : 1024)) return false;
+    if (!tile.depth_split() && (tile.warpgroups != 2 || tile.blocks_per_sm != 1)) return false;
+    // 228 KB a multiprocessor, of which the system takes 1 KB a block
+    if (tile.blocks_per_sm * (tile.shared_memory_bytes() + 1024) > 233472) return false;
   }
   return true;
 }

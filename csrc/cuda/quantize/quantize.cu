@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cuda/common/dependent_launch.cuh"
+#include "cuda/common/launch_dependent.h"
 
 namespace marlin_qqq::cuda {
 namespace {
@@ -184,25 +185,6 @@ __global__ void __launch_bounds__(256) quantize_rows_of_any_shape(const T* x, in
   }
 }
 
-template <class... Arguments, class... Values>
-cudaError_t launch_dependent(void (*kernel)(Arguments...), dim3 grid, dim3 block, cudaStream_t stream, Values... values) {
-  int device = 0;
-  int major = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = major >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Arguments>(values)...);
-}
-
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T>
@@ -213,7 +195,7 @@ cudaError_t launch(const T* x, int64_t num_tokens, int64_t in_features, int64_t 
   const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && row_stride % kElements == 0 &&
                        in_features % kElements == 0 && reinterpret_cast<uintptr_t>(quantized) % 8 == 0;
   if (!aligned || vectors == 0 || vectors > 8 * kMaxThreads) {
-    return launch_dependent(quantize_rows_of_any_shape<T>, dim3(static_cast<unsigned>(num_tokens)), dim3(256), stream,
+    return launch_dependent(quantize_rows_of_any_shape<T>, dim3(static_cast<unsigned>(num_tokens)), dim3(256), 0, 1, stream,
                             x, in_features, row_stride, quantized, token_scale);
   }
   // Few rows: as many threads as the row has vectors, for the shortest time. Many rows: four loads in flight a thread.
@@ -225,7 +207,7 @@ cudaError_t launch(const T* x, int64_t num_tokens, int64_t in_features, int64_t 
   const dim3 grid(static_cast<unsigned>(divide_up(num_tokens, rows)));
   const dim3 block(threads, rows);
   const auto run = [&](auto kernel) {
-    return launch_dependent(kernel, grid, block, stream, x, num_tokens, in_features, row_stride, quantized, token_scale);
+    return launch_dependent(kernel, grid, block, 0, 1, stream, x, num_tokens, in_features, row_stride, quantized, token_scale);
   };
   switch (per_thread) {
     case 1:

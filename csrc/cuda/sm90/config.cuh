@@ -14,20 +14,18 @@ template <int kTileIndex, bool kWithGroupScales>
 struct Config {
   static constexpr plan::Sm90Tile kTile = plan::kSm90Tiles[kTileIndex];
   static constexpr bool kGrouped = kWithGroupScales;
-  static constexpr bool kDepthSplit = kTile.cooperation == plan::Cooperation::kDepth;
+  static constexpr bool kDepthSplit = kTile.depth_split();
 
   static constexpr int kBlocks = kTile.blocks;  // products of 64 features a warpgroup
   static constexpr int kTokens = kTile.tokens;
-  static constexpr int kFeatures = kTile.features();                   // of the thread block
+  static constexpr int kFeatures = kTile.features();  // of the thread block
   static constexpr int kWarpgroupFeatures = kTile.warpgroup_features();
-  static constexpr int kSlices = kTile.slices();                       // of 128 inputs, a stage
-  static constexpr int kDepth = kTile.depth();
+  static constexpr int kRings = kTile.rings();
   static constexpr int kStages = kTile.stages;
   static constexpr int kStepsPerGroup = kTile.steps_per_group();
-  static constexpr int kPanels = kFeatures / 128;                      // weights travel in panels of 128 features
+  static constexpr int kPanels = kFeatures / 128;  // weights travel in panels of 128 features
+  static constexpr int kConsumerThreads = 128 * kTile.warpgroups;
   static constexpr int kThreads = kTile.threads();
-  static constexpr int kConsumerWarps = 8;
-  static constexpr bool kWholeSm = kTile.whole_sm();
   static constexpr int kBlocksPerSm = kTile.blocks_per_sm;
 
   static constexpr int kStoreTokens = kTile.store_tokens();  // rows of an output staging chunk
@@ -39,19 +37,36 @@ struct Config {
   static constexpr int kScaleBytes = kGrouped ? kTile.scale_bytes() : 0;
   static constexpr int kStageBytes = kActivationBytes + kWeightBytes + kScaleBytes;
 
-  // Offsets in shared memory, from its first multiple of 1,024.
-  static constexpr int kActivationOffset = kTile.staging_bytes();
-  static constexpr int kWeightOffset = kActivationOffset + kStages * kActivationBytes;
+  // Offsets in shared memory, from its first multiple of 1,024: output staging; the rings, each with the activations of
+  // all its stages, then the weights, then the scales; token scales; barriers.
+  static constexpr int kRingOffset = kTile.staging_bytes();
+  static constexpr int kRingBytes = kTile.ring_bytes();
+  static constexpr int kWeightOffset = kStages * kActivationBytes;  // within a ring
   static constexpr int kScaleOffset = kWeightOffset + kStages * kWeightBytes;
-  static constexpr int kPartialOffset = kActivationOffset;
-  static constexpr int kTokenScaleOffset = kTile.staging_bytes() + kTile.pipeline_bytes();
-  static constexpr int kBarrierOffset = kTokenScaleOffset + 2 * 4 * 256;
+  static constexpr int kPartialOffset = kRingOffset;
+  static constexpr int kTokenScaleOffset = kRingOffset + kTile.pipeline_bytes();
+  static constexpr int kBarrierOffset = kTokenScaleOffset + kTile.token_scale_bytes();
 };
+
+// Which chunk of 16 features of its packed tile (64 features) a thread's first product takes: the warp's own ones, rotated
+// by the thread's octet of fragment rows (row / 2 of 8). The rotation only renames the product's rows; with it, the words
+// that a warp loads at once (every fourth word, or every second pair) lie in all 32 banks of shared memory.
+template <int kBlocks>
+__device__ __forceinline__ constexpr int first_chunk(int warp, int octet) {
+  return kBlocks == 1 ? (warp + octet) % 4 : kBlocks == 2 ? 2 * ((warp + octet) % 2) : 0;
+}
+
+// First feature, within the warpgroup's, of a thread's chunk: its features are this + 16 * j + 8 * b + row, for product j and
+// fragment half b; `octet` is row / 2.
+template <int kBlocks>
+__device__ __forceinline__ constexpr int chunk_feature(int warp, int octet) {
+  return 64 * (kBlocks * warp / 4) + 16 * first_chunk<kBlocks>(warp, octet);
+}
 
 struct Parameters {
   CUtensorMap activations;   // int8   [num_tokens, in_features],              box [tokens / multicast, 128], swizzled
-  CUtensorMap weights;       // uint32 [in_features / 16, 2 * out_features],   box [8 * slices, 256]
-  CUtensorMap group_scales;  // fp16   [in_features / 128, out_features],      box [slices, 128]
+  CUtensorMap weights;       // uint32 [in_features / 16, 2 * out_features],   box [8, 256]
+  CUtensorMap group_scales;  // fp16   [in_features / 128, out_features],      box [1, 128]
   CUtensorMap output;        // 16 bit [num_tokens, out_features],             box [store_tokens, 64], swizzled
 
   const float* token_scale;
@@ -63,11 +78,13 @@ struct Parameters {
 
   int num_tokens;
   int out_features;
-  int stage_count;     // ceil(in_features / depth): stages of a whole tile
+  int stage_count;     // in_features / 128: stages of a whole tile
   int token_tiles;
   int feature_groups;  // feature tiles / multicast, rounded up
   int token_group;     // token tiles that are walked before the next feature group, so that weights meet in L2
   int split;           // blocks of a cluster that share a tile's inputs
+  int scratch_split;   // clusters that share a tile's inputs: their sums meet in `scratch`
+  int32_t* scratch;    // [scratch_split][num_tokens][out_features] sums, for the reduction kernel (scratch_split > 1)
   int multicast;       // blocks of a cluster with neighbouring feature tiles, which share the activations
 };
 

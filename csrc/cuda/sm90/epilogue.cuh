@@ -10,15 +10,16 @@
 #include "cuda/common/output.cuh"
 #include "cuda/common/tma.cuh"
 #include "cuda/sm90/config.cuh"
+#include "cuda/sm90/mainloop.cuh"
 
 namespace marlin_qqq::cuda::sm90 {
 
-// Four 8x8 blocks of 16-bit elements, each transposed on its way to shared memory: lane l gives the address of row l % 8
-// of block l / 8. PTX ISA, stmatrix.
-__device__ __forceinline__ void store_transposed(uint32_t address, const uint32_t (&blocks)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(blocks[0]),
-               "r"(blocks[1]), "r"(blocks[2]), "r"(blocks[3])
-               : "memory");
+// Transposes an 8x8 block of 16-bit elements over the warp: lane l holds elements 2 * (l % 4) and the next of row l / 4,
+// before and after. PTX ISA, movmatrix.
+__device__ __forceinline__ uint32_t transposed(uint32_t block) {
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(block));
+  return result;
 }
 
 // A whole tile: this warpgroup's features x tokens. Called by its 128 threads.
@@ -39,7 +40,7 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
   for (int j = 0; j < C::kBlocks; ++j) {
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-      const int column = feature + 16 * (C::kBlocks * warp + j) + 8 * b + lane / 4;
+      const int column = feature + chunk_feature<C::kBlocks>(warp, lane / 8) + 16 * j + 8 * b + lane / 4;
       const bool inside = column < p.out_features;
       channel_scale[j][b] = inside ? __ldg(p.channel_scale + format::stored_channel_scale_column(column)) : 0.0f;
       bias[j][b] = inside && p.bias != nullptr ? load_bias(p.bias, column, p.output_is_bfloat16) : 0.0f;
@@ -53,28 +54,33 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
     if (leader) tma_store_wait_read<1>();
     named_barrier_sync(1 + warpgroup, 128);
 #pragma unroll
-    for (int pair = 0; pair < kStoreTokens / 16; ++pair) {
-      const int first = chunk * kStoreTokens + 16 * pair;  // token of the tile
+    for (int pair_of_blocks = 0; pair_of_blocks < kStoreTokens / 16; ++pair_of_blocks) {
+      const int first = chunk * kStoreTokens + 16 * pair_of_blocks;  // token of the tile
 #pragma unroll
       for (int j = 0; j < C::kBlocks; ++j) {
-        uint32_t blocks[4];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float2 scale = *reinterpret_cast<const float2*>(token_scales + first + 8 * i + 2 * (lane % 4));
 #pragma unroll
           for (int b = 0; b < 2; ++b) {
             const int index = 4 * (first / 8 + i) + 2 * b;
-            const float low = scaled(sums[j][index], channel_scale[j][b], scale.x);
-            const float high = scaled(sums[j][index + 1], channel_scale[j][b], scale.y);
-            blocks[2 * i + b] = p.bias != nullptr
-                                    ? pack_outputs(__fadd_rn(low, bias[j][b]), __fadd_rn(high, bias[j][b]), p.output_is_bfloat16)
-                                    : pack_outputs(low, high, p.output_is_bfloat16);
+            float low = scaled(sums[j][index], channel_scale[j][b], scale.x);
+            float high = scaled(sums[j][index + 1], channel_scale[j][b], scale.y);
+            if (p.bias != nullptr) {
+              low = __fadd_rn(low, bias[j][b]);
+              high = __fadd_rn(high, bias[j][b]);
+            }
+            // Now a thread has two neighbouring features of one token.
+            const uint32_t pair = transposed(pack_outputs(low, high, p.output_is_bfloat16));
+            const int row = 16 * pair_of_blocks + 8 * i + lane / 4;  // token of the chunk
+            const int column = chunk_feature<C::kBlocks>(warp, lane % 4) + 16 * j + 8 * b;
+            const uint32_t swizzled = (column % 64 / 8) ^ (row % 8);
+            asm volatile("st.shared.b32 [%0], %1;" ::"r"(buffer + column / 64 * kStoreTokens * 128 + row * 128 +
+                                                         swizzled * 16 + 4 * (lane % 4)),
+                         "r"(pair)
+                         : "memory");
           }
         }
-        const int row = 16 * pair + 8 * (lane / 16) + lane % 8;            // token of the chunk
-        const int column = 16 * (C::kBlocks * warp + j) + 8 * (lane / 8 % 2);  // first feature of the 16 bytes
-        const uint32_t swizzled = (column % 64 / 8) ^ (row % 8);
-        store_transposed(buffer + column / 64 * kStoreTokens * 128 + row * 128 + swizzled * 16, blocks);
       }
     }
     async_proxy_fence();
@@ -106,7 +112,7 @@ __device__ __forceinline__ void store_partial(uint32_t partial, int warpgroup, i
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int token = 8 * i + 2 * (lane % 4) + e;
-          const int feature = first_feature + 16 * (C::kBlocks * warp + j) + 8 * b + lane / 4;
+          const int feature = first_feature + chunk_feature<C::kBlocks>(warp, lane / 8) + 16 * j + 8 * b + lane / 4;
           asm volatile("st.shared.s32 [%0], %1;" ::"r"(partial + 4 * ((copy * C::kTokens + token) * kPitch + feature)),
                        "r"(sums[j][4 * i + 2 * b + e])
                        : "memory");
@@ -116,18 +122,21 @@ __device__ __forceinline__ void store_partial(uint32_t partial, int warpgroup, i
   }
 }
 
-// Adds the partial sums of the cluster's blocks that share this tile; each block finishes its share of the output.
-// Called by the 256 consumer threads, after every block of the cluster has stored its sums.
+// Adds the partial sums of the cluster's blocks that share this tile; each block finishes its share of the output, or
+// leaves it to the reduction kernel.
+// Called by the threads that multiply, after every block of the cluster has stored its sums.
 template <class C>
-__device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t partial, int token, int feature,
+__device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t partial, const WorkTile& tile,
                                             int block_rank, int thread) {
+  const int token = tile.token;
+  const int feature = tile.feature;
   constexpr int kPitch = C::kPartialPitch;
   constexpr int kVectors = C::kFeatures / 4;  // of four features, a token
   const int split_rank = block_rank / p.multicast;
   const int first_rank = block_rank - split_rank * p.multicast;
   const int tokens = min(C::kTokens, p.num_tokens - token);
 
-  for (int v = split_rank * 256 + thread; v < tokens * kVectors; v += 256 * p.split) {
+  for (int v = split_rank * C::kConsumerThreads + thread; v < tokens * kVectors; v += C::kConsumerThreads * p.split) {
     const int row = v / kVectors;
     const int column = feature + 4 * (v % kVectors);
     if (column >= p.out_features) continue;
@@ -136,13 +145,18 @@ __device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t partia
     for (int rank = 0; rank < p.split; ++rank) {
       const uint32_t remote = cluster_address(local, first_rank + rank * p.multicast);
 #pragma unroll
-      for (int copy = 0; copy < C::kSlices; ++copy) {
+      for (int copy = 0; copy < C::kRings; ++copy) {
         const int4 part = cluster_load(remote + copy * C::kTokens * kPitch * 4);
         sum.x += part.x;
         sum.y += part.y;
         sum.z += part.z;
         sum.w += part.w;
       }
+    }
+    if (p.scratch_split > 1) {
+      const int64_t scratch_row = static_cast<int64_t>(tile.scratch_rank) * p.num_tokens + token + row;
+      __stcg(reinterpret_cast<int4*>(p.scratch + scratch_row * p.out_features + column), sum);
+      continue;
     }
     store_outputs(sum, p.token_scale[token + row], p.channel_scale, p.bias, p.output_pointer, token + row, column,
                   p.out_features, p.output_is_bfloat16);

@@ -8,11 +8,28 @@
 
 namespace marlin_qqq::cuda::sm90 {
 
+// The end of a tile whose inputs are shared by the warpgroups, by a cluster or by several clusters.
+template <class C>
+__device__ __forceinline__ void finish_partial(const Parameters& p, uint32_t shared, const WorkTile& tile,
+                                               int cluster_size, int block_rank, int warpgroup, int warp, int lane,
+                                               const int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
+  const uint32_t partial = shared + C::kPartialOffset;
+  named_barrier_sync(8, C::kConsumerThreads);  // all warpgroups are done with the stages
+  store_partial<C>(partial, warpgroup, warp, lane, sums);
+  if (cluster_size > 1) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    named_barrier_sync(8, C::kConsumerThreads);
+  }
+  reduce_tile<C>(p, partial, tile, block_rank, threadIdx.x);
+}
+
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
     gemm_kernel(const __grid_constant__ Parameters p) {
   extern __shared__ uint8_t dynamic_shared_memory[];
-  const SharedMemory<C> shared{(shared_address(dynamic_shared_memory) + 1023) & ~1023u};
+  const uint32_t shared = (shared_address(dynamic_shared_memory) + 1023) & ~1023u;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
   const int cluster_size = p.split * p.multicast;
@@ -23,9 +40,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
 
   // Barriers
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < C::kStages; ++stage) {
-      barrier_init(shared.full(stage), 1);
-      barrier_init(shared.empty(stage), C::kConsumerWarps * p.multicast);
+#pragma unroll
+    for (int r = 0; r < C::kRings; ++r) {
+      const auto ring = Ring<C>::of(shared, r);
+      for (int stage = 0; stage < C::kStages; ++stage) {
+        barrier_init(ring.full(stage), 1);
+        barrier_init(ring.empty(stage), C::kConsumerThreads / 32 * p.multicast);
+      }
     }
     barrier_init_fence();
   }
@@ -38,9 +59,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
 
   // Tiles: whole tiles are walked by a persistent grid; a tile that is split over a cluster or over the warpgroups is
   // the only one of its block, because the partial sums take the place of the stages.
-  const bool partial = C::kDepthSplit || p.split > 1;
+  const bool partial = C::kDepthSplit || p.split > 1 || p.scratch_split > 1;
   const int clusters = gridDim.x / cluster_size;
-  const int works = p.token_tiles * p.feature_groups;
+  const int works = p.token_tiles * p.feature_groups * p.scratch_split;
   const auto tile_walk = [&] {
     return [&, work = static_cast<int>(blockIdx.x) / cluster_size](WorkTile& tile) mutable {
       if (work >= works) return false;
@@ -50,10 +71,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
     };
   };
 
-  if (warp >= C::kConsumerWarps) {
+  if (!C::kDepthSplit && warp >= C::kConsumerThreads / 32) {
     // Producer
-    if constexpr (C::kWholeSm) registers_decrease<40>();
-    if (warp == C::kConsumerWarps && lane == 0) produce<C>(p, shared, block_rank, tile_walk());
+    registers_decrease<40>();
+    if (warp == C::kConsumerThreads / 32 && lane == 0) {
+      const int rank = block_rank % p.multicast;
+      const auto mask = static_cast<uint16_t>(((1 << p.multicast) - 1) << (block_rank - rank));
+      produce<C>(p, Ring<C>::of(shared, 0), {p.multicast, rank, C::kTokens / p.multicast, mask}, tile_walk());
+    }
     __syncwarp();
     if (cluster_size > 1) {
       if (partial) {
@@ -65,36 +90,53 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
     }
   } else {
     // Consumers
-    if constexpr (C::kWholeSm) registers_increase<232>();
+    if constexpr (!C::kDepthSplit) registers_increase<232>();
     const int warpgroup = warp / 4;
-    const uint32_t multicast_first = block_rank - block_rank % p.multicast;
+    const auto ring = Ring<C>::of(shared, C::kDepthSplit ? warpgroup : 0);
     const WeightReader<C> reader(warpgroup, warp % 4, lane);
-    RingPosition<C> ring;
     auto next_tile = tile_walk();
+    RingPosition<C> position;
     WorkTile tile;
     int32_t sums[C::kBlocks][C::kTokens / 2];
-    wait_for_previous_kernel();
-    if (partial) {
+    if constexpr (C::kDepthSplit) {
       next_tile(tile);
-      consume<C>(p, shared, ring, tile, reader, warpgroup, lane, multicast_first, sums);
-      named_barrier_sync(3, 256);  // both warpgroups are done with the stages
-      store_partial<C>(shared.base + C::kPartialOffset, warpgroup, warp % 4, lane, sums);
-      if (cluster_size > 1) {
-        cluster_arrive();
-        cluster_wait();
+      const WorkTile whole = tile;
+      const int stages = whole.stage_end - whole.stage_begin;
+      tile.stage_begin = whole.stage_begin + stages * warpgroup / C::kRings;
+      tile.stage_end = whole.stage_begin + stages * (warpgroup + 1) / C::kRings;
+      const bool fills = threadIdx.x % 128 == 0;
+      if (fills) fill_ring<C>(p, ring, tile, {1, 0, 0, 0});
+      __syncwarp();
+      wait_for_previous_kernel();
+      if (tile.stage_begin < tile.stage_end) {
+        StageRefill<C> refill{p, ring, tile, tile.stage_begin + C::kStages, fills};
+        consume<C>(ring, position, tile, reader, refill, sums);
       } else {
-        named_barrier_sync(3, 256);
-      }
-      reduce_tile<C>(p, shared.base + C::kPartialOffset, tile.token, tile.feature, block_rank, threadIdx.x);
-    } else if constexpr (!C::kDepthSplit) {
-      float* token_scales = reinterpret_cast<float*>(__cvta_shared_to_generic(shared.base + C::kTokenScaleOffset)) + 256 * warpgroup;
-      while (next_tile(tile)) {
-        for (int i = threadIdx.x % 128; i < C::kTokens; i += 128) {
-          token_scales[i] = tile.token + i < p.num_tokens ? p.token_scale[tile.token + i] : 0.0f;
+#pragma unroll
+        for (int j = 0; j < C::kBlocks; ++j) {
+#pragma unroll
+          for (int i = 0; i < C::kTokens / 2; ++i) sums[j][i] = 0;
         }
-        consume<C>(p, shared, ring, tile, reader, warpgroup, lane, multicast_first, sums);
-        store_tile<C>(p, shared.base, token_scales, tile.token, tile.feature + warpgroup * C::kWarpgroupFeatures,
-                      warpgroup, warp % 4, lane, sums);
+      }
+      finish_partial<C>(p, shared, tile, cluster_size, block_rank, warpgroup, warp % 4, lane, sums);
+    } else {
+      const auto release = stage_release<C>(ring, lane, p.multicast, block_rank - block_rank % p.multicast);
+      auto* token_scales =
+          reinterpret_cast<float*>(__cvta_shared_to_generic(shared + C::kTokenScaleOffset)) + C::kTokens * warpgroup;
+      wait_for_previous_kernel();
+      while (next_tile(tile)) {
+        if (!partial) {
+          for (int i = threadIdx.x % 128; i < C::kTokens; i += 128) {
+            token_scales[i] = tile.token + i < p.num_tokens ? p.token_scale[tile.token + i] : 0.0f;
+          }
+        }
+        consume<C>(ring, position, tile, reader, release, sums);
+        if (partial) {
+          finish_partial<C>(p, shared, tile, cluster_size, block_rank, warpgroup, warp % 4, lane, sums);
+        } else {
+          store_tile<C>(p, shared, token_scales, tile.token, tile.feature + warpgroup * C::kWarpgroupFeatures,
+                        warpgroup, warp % 4, lane, sums);
+        }
       }
       if (threadIdx.x % 128 == 0) tma_store_wait_all();
     }

@@ -3,8 +3,10 @@
 #include <array>
 #include <utility>
 
+#include "cuda/common/launch_dependent.h"
 #include "cuda/common/shared_memory_limit.h"
 #include "cuda/common/tensor_map.h"
+#include "cuda/sm90/reduction.cuh"
 #include "cuda/sm90/registry.h"
 
 namespace marlin_qqq::cuda::sm90 {
@@ -31,7 +33,7 @@ int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); 
 
 }  // namespace
 
-cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const GemmArguments& arguments,
+cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const GemmArguments& arguments, void* scratch,
                    cudaStream_t stream) {
   const plan::Sm90Tile& tile = plan::kSm90Tiles[plan.tile];
   const bool grouped = arguments.group_scale != nullptr;
@@ -44,13 +46,13 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
                                         tile.tokens / plan.multicast, 128, /*swizzle=*/true);
   if (error == cudaSuccess) {
     error = encode_tensor_map(&p.weights, ElementType::kUInt32, arguments.packed_weight, inputs / 16, 2 * features,
-                              8 * tile.slices(), 256, /*swizzle=*/false);
+                              8, 256, /*swizzle=*/false);
   }
   if (error == cudaSuccess && grouped) {
     error = encode_tensor_map(&p.group_scales, ElementType::kUInt16, arguments.group_scale, inputs / 128, features,
-                              tile.slices(), 128, /*swizzle=*/false);
+                              1, 128, /*swizzle=*/false);
   }
-  const bool partial = tile.cooperation == plan::Cooperation::kDepth || plan.split > 1;
+  const bool partial = tile.depth_split() || plan.split > 1 || plan.scratch_split > 1;
   if (error == cudaSuccess && !partial) {
     error = encode_tensor_map(&p.output, ElementType::kUInt16, arguments.output, tokens, features,
                               tile.store_tokens(), 64, /*swizzle=*/true);
@@ -66,28 +68,24 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   p.constant_weights = arguments.constant_weights;
   p.num_tokens = static_cast<int>(problem.num_tokens);
   p.out_features = static_cast<int>(problem.out_features);
-  p.stage_count = divide_up(problem.in_features, tile.depth());
+  p.stage_count = divide_up(problem.in_features, 128);
   p.token_tiles = divide_up(problem.num_tokens, tile.tokens);
   p.feature_groups = divide_up(problem.out_features, tile.features() * plan.multicast);
   p.token_group = 8;
   p.split = plan.split;
+  p.scratch_split = plan.scratch_split;
+  p.scratch = static_cast<int32_t*>(scratch);
   p.multicast = plan.multicast;
 
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = plan.split * plan.multicast;
-  attributes[1].val.clusterDim.y = 1;
-  attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(plan.grid);
-  config.blockDim = dim3(plan.threads);
-  config.dynamicSmemBytes = tile.shared_memory_bytes();
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, kernel_for(plan.tile, grouped), p);
+  error = launch_dependent(kernel_for(plan.tile, grouped), plan.grid, plan.threads, tile.shared_memory_bytes(),
+                           plan.split * plan.multicast, stream, p);
+  if (error != cudaSuccess || plan.scratch_split == 1) return error;
+
+  const Reduction reduction = {p.scratch,        p.token_scale,          p.channel_scale, p.bias,         p.output_pointer,
+                               p.output_is_bfloat16, plan.scratch_split, p.num_tokens,    p.out_features};
+  const int64_t vectors = problem.num_tokens * problem.out_features / 4;
+  return launch_dependent(reduce_kernel, divide_up(vectors, kReductionThreads), kReductionThreads, 0, 1, stream,
+                          reduction);
 }
 
 int max_active_clusters(int cluster_size) {

@@ -5,7 +5,7 @@
 
 namespace marlin_qqq::cuda::sm90 {
 
-cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const GemmArguments& arguments,
+cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const GemmArguments& arguments, void* scratch,
                    cudaStream_t stream);
 
 // Clusters of `cluster_size` blocks of the table's largest tile that the current device runs at once.
