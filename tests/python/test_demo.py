@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from marlin_qqq import QQQLinear, quantize_model
 from marlin_qqq.checkpoint import load_quantized_model, read_quantization_config
-from marlin_qqq.cli import demo
+from marlin_qqq.cli import demo, demo_view
 from marlin_qqq.cli.app import app
-from marlin_qqq.evaluation import measure_perplexity
+from marlin_qqq.evaluation import Continuation, measure_perplexity
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = REPOSITORY / "demo" / "model"
@@ -71,7 +71,7 @@ def test_nothing_is_left_behind(tiny: Path, tmp_path: Path, monkeypatch: pytest.
 
 def test_rows_and_agreement_shown(tiny: Path) -> None:
     source = demo.read_source(tiny, None, torch.device("cpu"), 200)
-    with demo._progress(Console(file=io.StringIO())) as progress:
+    with demo_view.progress_bar(Console(file=io.StringIO())) as progress:
         rows = list(demo.compare(source, "def ", 6, "rtn", None, progress, progress.add_task("", total=None)))
     original, per_channel, grouped = rows
     weights = sum(
@@ -87,14 +87,14 @@ def test_rows_and_agreement_shown(tiny: Path) -> None:
 
     def shown(row: demo.Row) -> str:
         console = Console(file=io.StringIO(), width=100)
-        console.print(demo.continuation_panel(row, original, "def ", highlight=True))
+        console.print(demo_view.continuation_panel(row, original, "def ", highlight=True))
         return console.file.getvalue()
 
     assert "same as" not in shown(original)
     same = demo.Row("copy", 0, original.perplexity, original.continuation)
     assert "same as the original ─" in shown(same)
     ids = original.continuation.token_ids
-    other = demo.Continuation((*ids[:2], ids[2] + 1, *ids[3:]), "x", 1.0)
+    other = Continuation((*ids[:2], ids[2] + 1, *ids[3:]), "x", 1.0)
     assert f"same as the original for the first 2 of {len(ids)} tokens" in shown(
         demo.Row("o", 0, original.perplexity, other)
     )
@@ -199,7 +199,7 @@ def test_demo_model_keeps_its_perplexity() -> None:
 def test_demo_model_on_a_gpu() -> None:
     device = torch.device("cuda")
     source = demo.read_source(MODEL, None, device, 16 * 512)
-    with demo._progress(Console(file=io.StringIO())) as progress:
+    with demo_view.progress_bar(Console(file=io.StringIO())) as progress:
         task = progress.add_task("", total=None)
         rows = list(demo.compare(source, demo.DEFAULT_PROMPT, 32, "rtn", None, progress, task))
     original, *quantized = (row.perplexity.value for row in rows)
