@@ -72,4 +72,4 @@ def read_tokens(tokenizer: Any, text_file: Path) -> Tensor:
         text = text_file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{text_file} is not readable UTF-8 text: {error}") from error
-    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)

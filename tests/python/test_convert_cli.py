@@ -1,0 +1,171 @@
+"""`marlin-qqq convert`, `verify` and `perplexity`, through the same path as the console script."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from folders import rewrite_config, rewrite_tensors, save_float_folder
+from typer.testing import CliRunner, Result
+
+from marlin_qqq.checkpoint import Checkpoint
+from marlin_qqq.cli.app import app
+from marlin_qqq.cli.convert import format_bytes, parse_size
+from marlin_qqq.quantization import quantize_weight
+
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are so small that a second thread costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    save_float_folder(tmp_path / "float")
+    return tmp_path / "float"
+
+
+@pytest.fixture
+def converted(source: Path) -> Path:
+    assert run("convert", source, source.with_name("q"), "--no-clip").exit_code == 0
+    return source.with_name("q")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_dry_run_writes_nothing(source: Path) -> None:
+    before = sorted(source.parent.rglob("*"))
+    result = run("convert", source, source.with_name("q"), "--dry-run", "--max-shard-size", "100KB")
+    assert result.exit_code == 0
+    assert "14 linear layers quantised" in result.stdout
+    assert "lm_head (output embeddings)" in result.stdout
+    assert "model-00003-of-0000" in result.stdout and "working memory about" in result.stdout
+    assert sorted(source.parent.rglob("*")) == before
+
+
+def test_convert_shows_peak_memory_and_progress(source: Path) -> None:
+    result = run("convert", source, source.with_name("q"), "--group-size", "-1", "--skip", "o_proj")
+    assert result.exit_code == 0
+    assert "12 layers in" in result.stdout and "peak memory" in result.stdout
+    assert "peak" in result.stderr and "100%" in result.stderr
+    checkpoint = Checkpoint(source.with_name("q"))
+    assert checkpoint.settings.group_size == -1
+    assert checkpoint.settings.modules_to_not_convert == ("lm_head", "o_proj")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--group-size", "64"), "group_size is 64"),
+        (("--method", "gptq"), "needs calibration"),
+        (("--dtype", "int8"), "dtype is 'int8'"),
+    ],
+)
+def test_convert_refusals_are_one_sentence(source: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = run("convert", source, source.with_name("q"), *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_bad_size(source: Path) -> None:
+    result = run("convert", source, source.with_name("q"), "--max-shard-size", "5 apples")
+    assert result.exit_code != 0 and not source.with_name("q").exists()
+
+
+def test_sizes() -> None:
+    assert [parse_size(text) for text in ("5GB", "500mb", "3 KB", "77")] == [5 * 10**9, 500 * 10**6, 3000, 77]
+    assert [format_bytes(count) for count in (0, 999, 1234, 5 * 10**9, 7 * 10**12)] == [
+        "0 B", "999 B", "1.2 KB", "5.0 GB", "7000.0 GB",
+    ]  # fmt: skip
+
+
+def test_verify_shows_the_worst_layers_first(source: Path, converted: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj"
+    bad = quantize_weight(torch.randn(128, 256), 128)
+    rewrite_tensors(converted, {f"{name}.{key}": value for key, value in bad._asdict().items()})
+    report = tmp_path / "report.json"
+    result = run("verify", converted, "--against", source, "--json", report, "--worst", "3")
+    assert result.exit_code == 0 and "14 quantised layers, 0 in need of repair" in result.stdout
+    assert name in result.stdout.splitlines()[1] and result.stdout.count("model.layers.") == 3
+    layers = json.loads(report.read_text())["layers"]
+    assert layers[0]["layer"] == name and layers[0]["relative_error"] > 0.9
+    errors = [layer["relative_error"] for layer in layers]
+    assert errors == sorted(errors, reverse=True) and 0.05 < errors[1] < 0.2
+    assert run("verify", converted, "--against", source, "--max-error", "0.5").exit_code == 1
+    assert run("verify", converted, "--max-error", "0.5").exit_code != 0
+
+
+def test_verify_reports_columns_to_repair(converted: Path) -> None:
+    weight = quantize_weight(torch.randn(256, 128), 128)
+    change = {f"{LAYER}.{key}": value for key, value in weight._asdict().items()}
+    rewrite_tensors(converted, change | {f"{LAYER}.s_group": weight.s_group * 1.5})
+    result = run("verify", converted)
+    assert result.exit_code == 0
+    assert "1 in need of repair" in result.stdout
+    assert LAYER in result.stdout and "256" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({f"{LAYER}.s_channel": torch.full((1, 256), float("inf"))}, f"{LAYER}: s_channel holds 256"),
+        ({"model.norm.weight": torch.full((128,), float("nan")).half()}, "model.norm.weight has 128 values"),
+        ({f"{LAYER}.{key}": None for key in ("B", "s_channel", "s_group")}, f"{LAYER} is missing"),
+        ({"extra.B": torch.zeros(8, 128, dtype=torch.int32), "extra.s_channel": torch.ones(1, 64),
+          "extra.s_group": torch.ones(1, 64).half()}, "the model has no such layer"),
+    ],
+)  # fmt: skip
+def test_verify_finds_problems(converted: Path, change: dict, message: str) -> None:
+    rewrite_tensors(converted, change)
+    result = run("verify", converted)
+    assert result.exit_code == 1
+    assert message in result.stderr and "1 problems" in result.stdout
+
+
+def test_verify_finds_another_architecture(converted: Path) -> None:
+    rewrite_config(converted, intermediate_size=512)
+    result = run("verify", converted)
+    assert result.exit_code == 1 and "the model's layer has [512, 128]" in result.stderr
+
+
+def test_verify_of_no_checkpoint(source: Path) -> None:
+    result = run("verify", source)
+    assert result.exit_code == 1 and "not a QQQ checkpoint" in result.stderr
+
+
+def test_perplexity_of_both_folders(source: Path, converted: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    values = {}
+    for folder in (source, converted):
+        result = run("perplexity", folder, "--text", text, "--window", "64", "--max-tokens", "300", "--json")
+        assert result.exit_code == 0, result.stderr
+        fields = json.loads(result.stdout)
+        assert fields["window"] == 64
+        values[folder] = fields["perplexity"]
+    assert values[source] != values[converted]
+    assert abs(values[source] / values[converted] - 1) < 0.2
+    plain = run("perplexity", converted, "--text", text, "--window", "64", "--max-tokens", "300")
+    assert f"perplexity {values[converted]:.4f} over" in plain.stdout
+
+
+def test_perplexity_refusals(converted: Path, tmp_path: Path) -> None:
+    missing = run("perplexity", converted, "--text", tmp_path / "nowhere.txt")
+    assert missing.exit_code == 1 and "nowhere.txt is not readable" in missing.stderr
+    (tmp_path / "text.txt").write_text("some text")
+    wrong = run("perplexity", converted, "--text", tmp_path / "text.txt", "--dtype", "int4")
+    assert wrong.exit_code == 1 and "dtype is 'int4'" in wrong.stderr
+    (converted / "tokenizer.json").unlink()
+    (converted / "tokenizer_config.json").unlink()
+    lost = run("perplexity", converted, "--text", tmp_path / "text.txt")
+    assert lost.exit_code == 1 and "no tokenizer" in lost.stderr
