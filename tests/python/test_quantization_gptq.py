@@ -100,6 +100,16 @@ def test_inputs_that_are_always_zero_get_zero_codes_and_leave_the_others_alone(g
     assert torch.equal(gptq.quantize(weight, hessian, group_size)[0], codes)
 
 
+def test_inputs_that_are_always_zero_do_not_change_the_damping():
+    weight, _, hessian = problem(256)
+    alive = [k for k in range(256) if k % 3]
+    masked = torch.zeros_like(hessian)
+    masked[torch.meshgrid(torch.tensor(alive), torch.tensor(alive), indexing="ij")] = hessian[alive][:, alive]
+    codes, _ = gptq.quantize(weight, masked, -1)
+    expected, _ = gptq.quantize(weight[:, alive], hessian[alive][:, alive], -1)
+    assert (codes[alive] != expected).float().mean() < 1e-3  # the order of the sums differs
+
+
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_a_singular_hessian_is_damped(group_size):
     weight, x, _ = problem(256)

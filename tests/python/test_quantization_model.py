@@ -160,6 +160,13 @@ def test_calibration_takes_every_form_of_batch_and_sees_quantised_predecessors(m
     assert torch.equal(layer.B, solved[0]["layers.1.gate.B"])
 
 
+def test_calibration_runs_no_further_than_the_block_needs(model):
+    calls = []
+    model.layers[2].register_forward_pre_hook(lambda *_: calls.append(1))
+    marlin_qqq.quantize_model(model, -1, "gptq", calibration=[tokens(), tokens(1)])
+    assert len(calls) == 4, "two batches for its own calibration, two for that of the layer behind it"
+
+
 def test_stages_are_the_blocks_of_the_outermost_lists(model):
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert [stage for stage, _ in stages(model, names)] == ["layers.0", "layers.1", "layers.2", "score", "lm_head"]
