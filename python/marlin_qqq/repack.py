@@ -37,7 +37,7 @@ def repack_gptq(
     """Turns the tensors of a GPTQ layer into a QQQWeight.
 
     The codes are the same. Per-channel the weight is the same too; per-group the scale is split into the channel scale
-    and a fp16 group scale and the int8 weight is rounded, as section "per-group" of docs/format.md says.
+    and a fp16 group scale and the int8 weight is rounded (docs/format.md, "Quantising weights").
 
     Args:
         qweight: int32 ``[K/8, N]``.

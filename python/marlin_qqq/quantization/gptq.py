@@ -6,7 +6,9 @@ Transformers", 2022, arXiv:2210.17323, algorithm 1 and section 3.3.
 Why not a library: llm-compressor and GPTQModel quantise whole models with their own data pipeline and write their own
 formats, and each brings a stack of packages and a narrow window of versions (llm-compressor 0.14: torch up to 2.14.1,
 transformers 5.15 to 5.21, some fifteen packages more; GPTQModel 7.7: torch from 2.14.1 on), where this package is to
-run with every torch from 2.10 on. What is needed of them is the algorithm of one page below.
+run with every torch from 2.10 on. What is needed of them is the algorithm of one page below. Compared with
+llm-compressor 0.14 on eight random problems (K = 512, groups of 128, given scales, with and without act-order): every
+code equal in seven, 0.17 % of the codes different in one.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From codes and scales to a QQQWeight and back, and the range that the kernels rely on.
 
-Formulas: sections "per-channel" and "per-group" of docs/format.md. Scales are computed in fp32, never in fp16: a fp16
+Formulas: docs/format.md, "Quantising weights". Scales are computed in fp32, never in fp16: a fp16
 scale of a small weight is a subnormal with a few bits left.
 """
 
