@@ -1,5 +1,5 @@
-# libmarlin_qqq_cuda. Every .cu of csrc/cuda is compiled for the architectures of MARLIN_QQQ_CUDA_ARCHITECTURES, those in
-# csrc/cuda/sm90 for sm_90a alone. What ptxas says of registers and spills is kept for scripts/check_ptxas.py.
+# libmarlin_qqq_cuda. Every .cu of csrc/cuda is compiled for the architectures of MARLIN_QQQ_CUDA_ARCHITECTURES, but those
+# in csrc/cuda/sm90 for sm_90a alone, always. What ptxas says of registers and spills is kept for scripts/check_ptxas.py.
 set(MARLIN_QQQ_HAVE_CUDA OFF)
 if(MARLIN_QQQ_CUDA STREQUAL "OFF")
   message(STATUS "CUDA: not built (MARLIN_QQQ_CUDA=OFF); this is a CPU package")
@@ -22,19 +22,25 @@ set(CMAKE_CUDA_ARCHITECTURES OFF)  # ours are set by source below
 set(CMAKE_CUDA_STANDARD 20)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)
-find_package(CUDAToolkit 12.8 REQUIRED)  # sm_120
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)  # the first that knows sm_120
+  if(MARLIN_QQQ_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "CUDA: nvcc 12.8 or newer is needed, ${CMAKE_CUDA_COMPILER} is ${CMAKE_CUDA_COMPILER_VERSION}")
+  endif()
+  message(STATUS "CUDA: nvcc ${CMAKE_CUDA_COMPILER_VERSION} is older than 12.8; this is a CPU package")
+  return()
+endif()
+find_package(CUDAToolkit REQUIRED)
 message(STATUS "CUDA: nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${MARLIN_QQQ_CUDA_ARCHITECTURES}")
 
-set(common_architectures ${MARLIN_QQQ_CUDA_ARCHITECTURES})
-list(FILTER common_architectures EXCLUDE REGEX "a$")
 set(gencodes "")
 set(newest 0)
-foreach(architecture IN LISTS common_architectures)
+foreach(architecture IN LISTS MARLIN_QQQ_CUDA_ARCHITECTURES)
   list(APPEND gencodes "-gencode=arch=compute_${architecture},code=sm_${architecture}")
-  if(architecture GREATER newest)
+  if(architecture MATCHES "^[0-9]+$" AND architecture GREATER newest)
     set(newest ${architecture})
   endif()
 endforeach()
+# PTX of the newest, for GPUs that come after it; that of an "a" architecture would run nowhere else.
 if(newest GREATER 0)
   list(APPEND gencodes "-gencode=arch=compute_${newest},code=compute_${newest}")
 endif()
@@ -66,7 +72,7 @@ function(marlin_qqq_add_cuda_objects name)
 endfunction()
 
 marlin_qqq_add_cuda_objects(marlin_qqq_cuda_common SOURCES ${cuda_sources} GENCODES ${gencodes})
-if(sm90_sources AND "90a" IN_LIST MARLIN_QQQ_CUDA_ARCHITECTURES)
+if(sm90_sources)
   marlin_qqq_add_cuda_objects(marlin_qqq_cuda_sm90 SOURCES ${sm90_sources}
                               GENCODES "-gencode=arch=compute_90a,code=sm_90a")
 endif()

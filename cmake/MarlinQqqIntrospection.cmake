@@ -22,10 +22,17 @@ endif()
 
 pybind11_add_module(marlin_qqq_introspection csrc/pybind/introspection.cpp)
 target_link_libraries(marlin_qqq_introspection PRIVATE marlin_qqq_core)
+set(cuda_compiler "")
+set(cuda_architectures "")
+if(MARLIN_QQQ_HAVE_CUDA)
+  set(cuda_compiler "nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
+  list(JOIN MARLIN_QQQ_CUDA_ARCHITECTURES "," cuda_architectures)
+  string(APPEND cuda_architectures ",90a")
+endif()
 target_compile_definitions(marlin_qqq_introspection PRIVATE
   MARLIN_QQQ_VERSION="${PROJECT_VERSION}"
   MARLIN_QQQ_BUILD_TYPE="${CMAKE_BUILD_TYPE}"
-  MARLIN_QQQ_CUDA_COMPILER="$<IF:$<BOOL:${MARLIN_QQQ_HAVE_CUDA}>,nvcc ${CMAKE_CUDA_COMPILER_VERSION},>"
-  MARLIN_QQQ_CUDA_ARCHITECTURES="$<IF:$<BOOL:${MARLIN_QQQ_HAVE_CUDA}>,$<JOIN:${MARLIN_QQQ_CUDA_ARCHITECTURES},$<COMMA>>,>")
+  MARLIN_QQQ_CUDA_COMPILER="${cuda_compiler}"
+  MARLIN_QQQ_CUDA_ARCHITECTURES="${cuda_architectures}")
 set_target_properties(marlin_qqq_introspection PROPERTIES
   OUTPUT_NAME _introspection LIBRARY_OUTPUT_DIRECTORY "${MARLIN_QQQ_OUTPUT_DIR}")
