@@ -1,6 +1,7 @@
-"""Perplexity of a model in its own type and in every QQQ variant: a table in Markdown, everything in JSON.
+r"""Perplexity of a model in its own type and in every QQQ variant: a table in Markdown, everything in JSON.
 
-    python benchmarks/accuracy.py demo/model --text demo/model/heldout.txt --output benchmarks/results/accuracy-demo
+    python benchmarks/accuracy.py demo/model --text demo/model/heldout.txt --output benchmarks/results/accuracy/demo \
+        --document docs/convert.md
 
 Without --calibration, GPTQ reads modules of the running Python's standard library, which suits the demo model; modules
 that the model's training.json lists as held out are left out. Variants are made by `marlin_qqq.convert` and measured by
@@ -34,33 +35,34 @@ METHODS: dict[str, dict[str, Any]] = {
     "GPTQ, clipped": {"method": "gptq", "clip": True},
 }
 GROUP_SIZES = (-1, 128)
+BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
 STANDARD_LIBRARY_BYTES = 2_000_000
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder with float weights and a tokenizer")
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text to measure on")
     parser.add_argument("--calibration", type=Path, help="UTF-8 text for GPTQ; not the text to measure on")
     parser.add_argument("--output", type=Path, required=True, help="written with .json and .md added")
+    parser.add_argument("--document", type=Path, help="Markdown file whose accuracy table is replaced")
     parser.add_argument("--samples", type=int, default=128, help="calibration sequences")
     parser.add_argument("--window", type=int, default=512, help="tokens of a measured window and of a calibration one")
     parser.add_argument("--max-tokens", type=int, help="measure on the first tokens only")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
 
     with tempfile.TemporaryDirectory() as scratch:
         calibration = arguments.calibration or _standard_library_text(arguments.model, Path(scratch))
         report = measure(arguments, calibration, Path(scratch))
     table = as_markdown(report)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, content in ((".json", json.dumps(report, indent=2) + "\n"), (".md", table)):
-        file = arguments.output.with_name(arguments.output.name + suffix)
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(file)
+    _write(arguments.output.with_name(arguments.output.name + ".json"), json.dumps(report, indent=2) + "\n")
+    _write(arguments.output.with_name(arguments.output.name + ".md"), table)
+    if arguments.document is not None:
+        _write(arguments.document, fill(arguments.document.read_text(encoding="utf-8"), table))
     print(table)
 
 
@@ -143,6 +145,18 @@ def as_markdown(report: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def fill(document: str, table: str) -> str:
+    """The document with the table between its marks."""
+    start, end = document.index(BEGIN) + len(BEGIN), document.index(END)
+    return f"{document[:start]}\n{table}{document[end:]}"
+
+
+def _write(file: Path, content: str) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(content, encoding="utf-8")
+    temporary.replace(file)
 
 
 def _standard_library_text(model: Path, scratch: Path) -> Path:
