@@ -92,7 +92,8 @@ TARGET inline void load_scales(const uint16_t* stored, float* scales) {
   }
 }
 
-// weight: [bundle][row of 16 k][vector i], each 32 unsigned bytes (kBytes) or two vectors of 16 int16, 8 k each.
+// weight: [bundle][run of 16 k][vector i], 32 unsigned bytes each (kBytes), or [bundle][run of 8 k][vector i], 16 int16
+// each.
 template <bool kGrouped, bool kBytes>
 TARGET inline void dequantize_slice(const WeightSlice& slice, char* weight) {
   constexpr int64_t kVectorBytes = kBytes ? 32 : 64;
@@ -127,7 +128,7 @@ TARGET inline void dequantize_slice(const WeightSlice& slice, char* weight) {
           }
           MARLIN_QQQ_UNROLL
           for (int b = 0; b < 2; ++b) {
-            char* vector = weight + bundle_index(b, c / 4, p) * bundle_bytes + (4 * row + c % 4) * kVectorBytes;
+            char* vector = weight + bundle_index(b, c / 4, p) * bundle_bytes + row * 4 * kVectorBytes + c % 4 * 32;
             if (kBytes) {
               _mm256_store_si256(reinterpret_cast<__m256i*>(vector), pair.b[b]);
             } else {
@@ -135,7 +136,7 @@ TARGET inline void dequantize_slice(const WeightSlice& slice, char* weight) {
               const __m256i low = _mm256_srai_epi16(_mm256_unpacklo_epi8(zero, pair.b[b]), 8);
               const __m256i high = _mm256_srai_epi16(_mm256_unpackhi_epi8(zero, pair.b[b]), 8);
               _mm256_store_si256(reinterpret_cast<__m256i*>(vector), low);
-              _mm256_store_si256(reinterpret_cast<__m256i*>(vector + 32), high);
+              _mm256_store_si256(reinterpret_cast<__m256i*>(vector + 128), high);
             }
           }
         }
@@ -153,10 +154,27 @@ TARGET void dequantize(const WeightSlice& slice, void* weight) {
   }
 }
 
-// Four vectors of partial sums into the sums of their eight columns.
-TARGET inline void add_sums(const __m256i (&partial)[4], int32_t* sums) {
-  const __m256i total =
-      _mm256_hadd_epi32(_mm256_hadd_epi32(partial[0], partial[1]), _mm256_hadd_epi32(partial[2], partial[3]));
+// Partial sums of one token and one bundle. Named members, not an array: GCC 12 keeps an array in memory and stores to
+// it on every iteration, which halves the speed.
+struct BundleSums {
+  __m256i v0, v1, v2, v3;
+};
+
+TARGET inline BundleSums no_sums() {
+  const __m256i zero = _mm256_setzero_si256();
+  return {zero, zero, zero, zero};
+}
+
+// No instruction. Without it GCC 12 gives some sums a place in memory and stores to it on every iteration.
+TARGET inline void keep_in_registers(BundleSums& a, BundleSums& b, BundleSums& c) {
+  asm("" : "+x"(a.v0), "+x"(a.v1), "+x"(a.v2), "+x"(a.v3), "+x"(b.v0), "+x"(b.v1));
+  asm("" : "+x"(b.v2), "+x"(b.v3), "+x"(c.v0), "+x"(c.v1), "+x"(c.v2), "+x"(c.v3));
+}
+
+// Into the sums of the bundle's eight columns.
+TARGET inline void add_sums(const BundleSums& partial, int32_t* sums) {
+  const __m256i total = _mm256_hadd_epi32(_mm256_hadd_epi32(partial.v0, partial.v1),  //
+                                          _mm256_hadd_epi32(partial.v2, partial.v3));
   auto* low = reinterpret_cast<__m128i*>(sums);
   auto* high = reinterpret_cast<__m128i*>(sums + 32);
   _mm_store_si128(low, _mm_add_epi32(_mm_load_si128(low), _mm256_castsi256_si128(total)));
@@ -180,42 +198,37 @@ inline void multiply_tiles(const Tile (&tile)[kTokensPerTile], const ActivationS
   }
 }
 
+TARGET inline __m256i broadcast_16_bytes(const int8_t* data) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
+}
+
+TARGET inline void multiply_add_words(BundleSums& sum, __m256i a, const __m256i* w) {
+  sum.v0 = _mm256_add_epi32(sum.v0, _mm256_madd_epi16(a, _mm256_load_si256(w)));
+  sum.v1 = _mm256_add_epi32(sum.v1, _mm256_madd_epi16(a, _mm256_load_si256(w + 1)));
+  sum.v2 = _mm256_add_epi32(sum.v2, _mm256_madd_epi16(a, _mm256_load_si256(w + 2)));
+  sum.v3 = _mm256_add_epi32(sum.v3, _mm256_madd_epi16(a, _mm256_load_si256(w + 3)));
+}
+
 // activations: int16, stride in bytes.
 template <int kTokens>
 TARGET void multiply_tile_words(const int8_t* activations, int64_t stride, const char* weight, int64_t in_features,
                                 int32_t* sums) {
-  __m256i sum[kTokens][4];
-  MARLIN_QQQ_UNROLL
-  for (int t = 0; t < kTokens; ++t) {
-    MARLIN_QQQ_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      sum[t][i] = _mm256_setzero_si256();
-    }
-  }
-  for (int64_t k = 0; k < in_features; k += 16) {
-    const char* vectors = weight + k / 16 * 256;
-    MARLIN_QQQ_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      __m256i a[kTokens];
-      MARLIN_QQQ_UNROLL
-      for (int t = 0; t < kTokens; ++t) {
-        const int8_t* data = activations + t * stride + 2 * k + 16 * half;
-        a[t] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
-      }
-      MARLIN_QQQ_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(vectors + 64 * i + 32 * half));
-        MARLIN_QQQ_UNROLL
-        for (int t = 0; t < kTokens; ++t) {
-          sum[t][i] = _mm256_add_epi32(sum[t][i], _mm256_madd_epi16(a[t], w));
-        }
-      }
-    }
-  }
-  MARLIN_QQQ_UNROLL
-  for (int t = 0; t < kTokens; ++t) {
-    add_sums(sum[t], sums + kBlockColumns * t);
-  }
+  BundleSums sum0 = no_sums();
+  BundleSums sum1 = no_sums();
+  BundleSums sum2 = no_sums();
+  int64_t k = 0;
+  do {
+    const int8_t* data = activations + 2 * k;
+    const auto* w = reinterpret_cast<const __m256i*>(weight + k / 8 * 128);
+    multiply_add_words(sum0, broadcast_16_bytes(data), w);
+    if (kTokens > 1) multiply_add_words(sum1, broadcast_16_bytes(data + stride), w);
+    if (kTokens > 2) multiply_add_words(sum2, broadcast_16_bytes(data + 2 * stride), w);
+    keep_in_registers(sum0, sum1, sum2);
+    k += 8;
+  } while (k < in_features);
+  add_sums(sum0, sums);
+  if (kTokens > 1) add_sums(sum1, sums + kBlockColumns);
+  if (kTokens > 2) add_sums(sum2, sums + 2 * kBlockColumns);
 }
 
 TARGET void multiply_words(const ActivationSlice& activations, const void* weight, int64_t in_features, int32_t* sums) {
@@ -270,38 +283,32 @@ TARGET void epilogue(const BlockEpilogue& block) {
 #if defined(MARLIN_QQQ_HAVE_AVX_VNNI)
 #define TARGET_VNNI MARLIN_QQQ_TARGET_AVX_VNNI
 
+TARGET_VNNI inline void multiply_add_bytes(BundleSums& sum, __m256i a, const __m256i* w) {
+  sum.v0 = _mm256_dpbusd_avx_epi32(sum.v0, _mm256_load_si256(w), a);
+  sum.v1 = _mm256_dpbusd_avx_epi32(sum.v1, _mm256_load_si256(w + 1), a);
+  sum.v2 = _mm256_dpbusd_avx_epi32(sum.v2, _mm256_load_si256(w + 2), a);
+  sum.v3 = _mm256_dpbusd_avx_epi32(sum.v3, _mm256_load_si256(w + 3), a);
+}
+
 template <int kTokens>
 TARGET_VNNI void multiply_tile_bytes(const int8_t* activations, int64_t stride, const char* weight, int64_t in_features,
                                      int32_t* sums) {
-  __m256i sum[kTokens][4];
-  MARLIN_QQQ_UNROLL
-  for (int t = 0; t < kTokens; ++t) {
-    MARLIN_QQQ_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      sum[t][i] = _mm256_setzero_si256();
-    }
-  }
-  for (int64_t k = 0; k < in_features; k += 16) {
-    const char* vectors = weight + k / 16 * 128;
-    __m256i a[kTokens];
-    MARLIN_QQQ_UNROLL
-    for (int t = 0; t < kTokens; ++t) {
-      const int8_t* data = activations + t * stride + k;
-      a[t] = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
-    }
-    MARLIN_QQQ_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(vectors + 32 * i));
-      MARLIN_QQQ_UNROLL
-      for (int t = 0; t < kTokens; ++t) {
-        sum[t][i] = _mm256_dpbusd_avx_epi32(sum[t][i], w, a[t]);
-      }
-    }
-  }
-  MARLIN_QQQ_UNROLL
-  for (int t = 0; t < kTokens; ++t) {
-    add_sums(sum[t], sums + kBlockColumns * t);
-  }
+  BundleSums sum0 = no_sums();
+  BundleSums sum1 = no_sums();
+  BundleSums sum2 = no_sums();
+  int64_t k = 0;
+  do {
+    const int8_t* data = activations + k;
+    const auto* w = reinterpret_cast<const __m256i*>(weight + k / 16 * 128);
+    multiply_add_bytes(sum0, broadcast_16_bytes(data), w);
+    if (kTokens > 1) multiply_add_bytes(sum1, broadcast_16_bytes(data + stride), w);
+    if (kTokens > 2) multiply_add_bytes(sum2, broadcast_16_bytes(data + 2 * stride), w);
+    keep_in_registers(sum0, sum1, sum2);
+    k += 16;
+  } while (k < in_features);
+  add_sums(sum0, sums);
+  if (kTokens > 1) add_sums(sum1, sums + kBlockColumns);
+  if (kTokens > 2) add_sums(sum2, sums + 2 * kBlockColumns);
 }
 
 TARGET_VNNI void multiply_bytes(const ActivationSlice& activations, const void* weight, int64_t in_features,
