@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cuda/gemm.h"
 #include "cuda/quantize/quantize.h"
@@ -48,15 +49,17 @@ cudaStream_t current_stream(int32_t device_index) {
 }
 
 // Environment overrides, for tuning and for tests; read on every call, so that a running process can change them.
-//   MARLIN_QQQ_FAMILY  "sm80" or "sm90": the kernel family
-//   MARLIN_QQQ_TILE    name of a row of tile_table()
-//   MARLIN_QQQ_SPLIT   blocks that share an output tile
+//   MARLIN_QQQ_FAMILY     "sm80" or "sm90": the kernel family
+//   MARLIN_QQQ_TILE       name of a row of tile_table()
+//   MARLIN_QQQ_SPLIT      blocks that share an output tile
+//   MARLIN_QQQ_CANDIDATE  from 0: one of the planner's candidates for the problem, best first, instead of the others
 struct PlanOverrides {
   const char* family = std::getenv("MARLIN_QQQ_FAMILY");
   const char* tile = std::getenv("MARLIN_QQQ_TILE");
   const char* split = std::getenv("MARLIN_QQQ_SPLIT");
+  const char* candidate = std::getenv("MARLIN_QQQ_CANDIDATE");
 
-  bool any() const { return is_set(family) || is_set(tile) || is_set(split); }
+  bool any() const { return is_set(family) || is_set(tile) || is_set(split) || is_set(candidate); }
 
   plan::Plan make(const plan::Problem& problem, const plan::DeviceProperties& device) const {
     plan::Family family_override = plan::Family::kNone;
@@ -69,20 +72,25 @@ struct PlanOverrides {
         fail("marlin_qqq_gemm", "MARLIN_QQQ_FAMILY must be sm80 or sm90, got ", family);
       }
     }
-    int split_override = 0;
-    if (is_set(split)) {
-      char* end = nullptr;
-      const long value = std::strtol(split, &end, 10);
-      if (*end != '\0' || value < 1 || value > 65535) {
-        fail("marlin_qqq_gemm", "MARLIN_QQQ_SPLIT must be an integer from 1 up, got ", split);
-      }
-      split_override = static_cast<int>(value);
+    if (is_set(candidate)) {
+      const std::vector<plan::Plan> plans = plan::candidates(problem, device, family_override);
+      return plans[integer("MARLIN_QQQ_CANDIDATE", candidate, 0, static_cast<long>(plans.size()) - 1)];
     }
+    const int split_override = is_set(split) ? static_cast<int>(integer("MARLIN_QQQ_SPLIT", split, 1, 65535)) : 0;
     return plan::make_plan(problem, device, is_set(tile) ? tile : "", split_override, family_override);
   }
 
  private:
   static bool is_set(const char* value) { return value != nullptr && *value != '\0'; }
+
+  static long integer(const char* name, const char* value, long minimum, long maximum) {
+    char* end = nullptr;
+    const long number = std::strtol(value, &end, 10);
+    if (*end != '\0' || number < minimum || number > maximum) {
+      fail("marlin_qqq_gemm", name, " must be an integer from ", minimum, " to ", maximum, ", got ", value);
+    }
+    return number;
+  }
 };
 
 // Plans of recent problems, one small direct-mapped table a thread: planning costs more than the launch itself, and a

@@ -50,10 +50,10 @@ def test_hopper_kernels_are_hoppers_only():
 
 def test_overrides():
     for candidate in marlin_qqq.candidates(64, 1024, 2048, -1, device="sm_90"):
-        plan = marlin_qqq.plan(
-            64, 1024, 2048, -1, tile=candidate.tile_name, split=candidate.split, family=candidate.family
-        )
-        assert (plan.family, plan.tile_name, plan.split) == (candidate.family, candidate.tile_name, candidate.split)
+        split = candidate.split * candidate.scratch_split  # blocks that share an output tile, in all
+        plan = marlin_qqq.plan(64, 1024, 2048, -1, tile=candidate.tile_name, split=split, family=candidate.family)
+        assert (plan.family, plan.tile_name) == (candidate.family, candidate.tile_name)
+        assert plan.split * plan.scratch_split == split
 
 
 @pytest.mark.parametrize(

@@ -2,46 +2,53 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import reference
 import torch
 
-import marlin_qqq
 from marlin_qqq import marlin_qqq_gemm
 
-pytest.importorskip("marlin_qqq._introspection")
 pytestmark = pytest.mark.gpu
 
 
-def device_name() -> str:
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm_{major}{minor}"
+def count_candidates(monkeypatch: pytest.MonkeyPatch, problem: reference.Problem) -> int:
+    """How many launches the planner knows for this problem on this GPU: the op says so when asked for one too many."""
+    monkeypatch.setenv("MARLIN_QQQ_CANDIDATE", "1000000")
+    with pytest.raises(RuntimeError) as caught:
+        marlin_qqq_gemm(*problem.arguments)
+    match = re.search(r"MARLIN_QQQ_CANDIDATE must be an integer from 0 to (\d+), got 1000000", str(caught.value))
+    assert match
+    return int(match[1]) + 1
 
 
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
 @pytest.mark.parametrize("group_size", [128, -1])
 @pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [1, 16, 33, 128, 257])
 @pytest.mark.parametrize("out_features, in_features", [(64, 128), (320, 384), (1024, 2048)])
-def test_every_candidate(monkeypatch, group_size, out_dtype, num_tokens, out_features, in_features):
+def test_every_candidate(monkeypatch, family, group_size, out_dtype, num_tokens, out_features, in_features):
+    if family == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the sm90 kernels run on Hopper only")
     problem = reference.random_problem(num_tokens, out_features, in_features, group_size, seed=num_tokens)
     bias = torch.randn(out_features).to(out_dtype)
-    expected = marlin_qqq_gemm(*problem.arguments, bias=bias, out_dtype=out_dtype)
-    on_gpu = problem.to("cuda")
-    plans = marlin_qqq.candidates(num_tokens, out_features, in_features, group_size, device_name())
-    assert plans
-    for plan in plans:
-        monkeypatch.setenv("MARLIN_QQQ_FAMILY", plan.family)
-        monkeypatch.setenv("MARLIN_QQQ_TILE", plan.tile_name)
-        monkeypatch.setenv("MARLIN_QQQ_SPLIT", str(plan.split))
-        got = marlin_qqq_gemm(*on_gpu.arguments, bias=bias.cuda(), out_dtype=out_dtype)
-        assert torch.equal(got.cpu(), expected), str(plan)
+    expected = marlin_qqq_gemm(*problem.arguments, bias=bias, out_dtype=out_dtype).cuda()
+    on_gpu, bias = problem.to("cuda"), bias.cuda()
+    monkeypatch.setenv("MARLIN_QQQ_FAMILY", family)
+    for candidate in range(count_candidates(monkeypatch, on_gpu)):
+        monkeypatch.setenv("MARLIN_QQQ_CANDIDATE", str(candidate))
+        got = marlin_qqq_gemm(*on_gpu.arguments, bias=bias, out_dtype=out_dtype)
+        assert torch.equal(got, expected), f"candidate {candidate}"
 
 
 @pytest.mark.parametrize(
     "variable, value, message",
     [
         ("MARLIN_QQQ_FAMILY", "sm42", "MARLIN_QQQ_FAMILY must be sm80 or sm90, got sm42"),
-        ("MARLIN_QQQ_SPLIT", "two", "MARLIN_QQQ_SPLIT must be an integer from 1 up, got two"),
+        ("MARLIN_QQQ_SPLIT", "two", "MARLIN_QQQ_SPLIT must be an integer from 1 to 65535, got two"),
+        ("MARLIN_QQQ_SPLIT", "0", "MARLIN_QQQ_SPLIT must be an integer from 1 to 65535, got 0"),
+        ("MARLIN_QQQ_CANDIDATE", "-1", "MARLIN_QQQ_CANDIDATE must be an integer from 0 to .*, got -1"),
         ("MARLIN_QQQ_TILE", "no_such_tile", "no_such_tile"),
     ],
 )
