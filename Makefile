@@ -20,12 +20,13 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # What depends on torch's binary interface: these run on every torch with the same libraries.
 ABI_TESTS := tests/python/test_ops.py tests/python/test_ops_arguments.py tests/python/test_ops_torch.py
 
-.PHONY: help demo test test-cpp test-python test-gpu test-abi test-vllm lint ptxas build format wheel clean
+.PHONY: help demo test test-cpp test-python test-gpu test-sanitizer test-abi test-vllm lint ptxas build format wheel clean
 
 help:
 	@echo "make demo       quantise a language model and run it through the ops"
 	@echo "make test       lint, C++ tests, Python tests"
 	@echo "make test-gpu   the tests that need a CUDA GPU"
+	@echo "make test-sanitizer  a few of them under compute-sanitizer's memcheck and racecheck"
 	@echo "make test-abi   one build of the ops against torch $(TORCH) and the newest torch"
 	@echo "make test-vllm  the plug-in inside vLLM's engine, on the CPU"
 	@echo "make lint       formatters, linters, types, register spills"
@@ -62,6 +63,14 @@ test-python: build
 
 test-gpu: build
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
+
+# Memory errors and races of the kernels, on a small grid. Without torch's cache every tensor has bounds of its own.
+SANITIZER ?= compute-sanitizer
+test-sanitizer: build
+	for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
+	    $(PY) -m pytest -m gpu tests/python/test_ops.py -k "output_type_and_bias or special_rows or strided" || exit 1; \
+	done
 
 test-abi: build $(VENV_NEWEST)/.ready
 	@sha256sum python/marlin_qqq/libmarlin_qqq*.so
