@@ -1,7 +1,7 @@
 """Tests the plug-in inside vLLM's real engine, on the CPU: `python3 scripts/test_vllm.py [options] [pytest arguments]`.
 
-Makes one environment a vLLM version under .venv-vllm-VERSION/ (about 6 GB each on disk), builds one wheel of this package,
-installs that same file in all of them, and runs tests/vllm in each. What is done is skipped.
+Makes one environment a vLLM version under .venv-vllm-VERSION/ (about 6 GB each on disk), builds one wheel of this
+package, installs that same file in all of them, and runs tests/vllm in each. What is done is skipped.
 """
 
 from __future__ import annotations
@@ -95,7 +95,18 @@ def run_tests(python: str, arguments: list[str]) -> int:
     names = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     # vLLM and the documentation's commands start programs of this environment by name.
     names["PATH"] = str(Path(python).parent) + os.pathsep + names["PATH"]
-    command = [python, "-m", "pytest", "-p", "no:cacheprovider", "--durations=10", "tests/vllm", *arguments]
+    command = [
+        python,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "pythonpath=",
+        "--durations=10",
+        "tests/vllm",
+        *arguments,
+    ]
     say(shlex.join(command))
     return subprocess.call(command, cwd=ROOT, env=names)
 

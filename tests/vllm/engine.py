@@ -66,34 +66,37 @@ def layer_facts(model: Any) -> dict[str, dict[str, Any]]:
 
 
 def _run_job(job: dict[str, Any]) -> dict[str, Any]:
-    from vllm import LLM, SamplingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    try:
+        return _work(job)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def _work(job: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
 
     options = {"max_model_len": 128, "max_num_seqs": 16, "seed": 0, "skip_tokenizer_init": True} | job["options"]
     sampling = SamplingParams(temperature=0.0, max_tokens=job["num_tokens"], ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    engine = None
+    llm = LLM(model=job["model"], **options)
 
     def generate() -> list[list[int]]:
-        return [list(output.outputs[0].token_ids) for output in engine.generate(prompts, sampling, use_tqdm=False)]
+        return [list(output.outputs[0].token_ids) for output in llm.generate(prompts, sampling, use_tqdm=False)]
 
-    try:
-        engine = LLM(model=job["model"], **options)
-        result: dict[str, Any] = {"tokens": generate()}
-        if options.get("tensor_parallel_size", 1) == 1:
-            result["layers"] = engine.apply_model(layer_facts)[0]
-        if job.get("reload"):
-            engine.reset_prefix_cache()
-            engine.collective_rpc("reload_weights", kwargs={"weights_path": job["reload"]})
-            result["reloaded"] = generate()
-        engine.llm_engine.engine_core.shutdown()
-        return result
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
-    finally:
-        del engine
-        gc.collect()
-        cleanup_dist_env_and_memory()
+    result: dict[str, Any] = {"tokens": generate()}
+    if options.get("tensor_parallel_size", 1) == 1:
+        result["layers"] = llm.apply_model(layer_facts)[0]
+    if job.get("reload"):
+        llm.reset_prefix_cache()
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": job["reload"]})
+        result["reloaded"] = generate()
+    llm.llm_engine.engine_core.shutdown()
+    return result
 
 
 if __name__ == "__main__":

@@ -303,8 +303,8 @@ def check_cut(layer_name: str, tensor_parallel_size: int, dimension: str, shard_
         whole = shard_size * tensor_parallel_size
         raise ValueError(
             f"{layer_name}: tensor_parallel_size {tensor_parallel_size} divides {dimension} {whole} into shards of "
-            f"{shard_size}; packed QQQ weights can be divided along {dimension} only into multiples of {multiple}: use a "
-            "smaller tensor_parallel_size"
+            f"{shard_size}; packed QQQ weights can be divided along {dimension} only into multiples of {multiple}: use "
+            "a smaller tensor_parallel_size"
         )
 
 
