@@ -30,7 +30,7 @@ class Case:
         if kind == "demo":
             prompts, self.num_tokens = exact_model.text_prompts(folder, 32, 24), NUM_DEMO_TOKENS
         else:
-            prompts, self.num_tokens = exact_model.random_prompts(512, 128, 8), NUM_TINY_TOKENS
+            prompts, self.num_tokens = exact_model.random_prompts(512, 256, 8), NUM_TINY_TOKENS
         same, exact = (
             exact_model.continue_greedily(
                 exact_model.load(folder, each, tensor_parallel_size), prompts, self.num_tokens
