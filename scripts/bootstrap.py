@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import sysconfig
@@ -59,7 +60,9 @@ def fetch(url, accept=None):
     headers = {"User-Agent": "marlin-qqq-bootstrap"}
     if accept:
         headers["Accept"] = accept
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=120) as response:
+    context = ssl.create_default_context(cafile=pip_setting("cert"))
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=120, context=context) as response:
         return response.read(), response.headers.get_content_type()
 
 
