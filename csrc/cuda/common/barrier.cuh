@@ -28,9 +28,9 @@ __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Arrives at a barrier anywhere in the cluster, given by its address in the cluster's window (cluster.cuh). The release is
-// not wider than the block's: the arrival says that shared memory has been read, and publishes nothing (a cluster-wide
-// release would cost a fence of all memory).
+// Arrives at a barrier anywhere in the cluster, given by its address in the cluster's window (cluster.cuh). The release
+// is not wider than the block's: the arrival says that shared memory has been read, and publishes nothing (a
+// cluster-wide release would cost a fence of all memory).
 __device__ __forceinline__ void barrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }

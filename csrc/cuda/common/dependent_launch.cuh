@@ -1,5 +1,5 @@
-// Programmatic dependent launch (PTX ISA, griddepcontrol; CUDA C++ Programming Guide, "Programmatic Dependent Launch and
-// Synchronization"): a kernel starts while the one before it in the stream drains.
+// Programmatic dependent launch (PTX ISA, griddepcontrol; CUDA C++ Programming Guide, "Programmatic Dependent Launch
+// and Synchronization"): a kernel starts while the one before it in the stream drains.
 //
 // Every kernel of ours waits in every block before it reads what the kernel before may have written, or writes
 // anything: so a kernel completes only after all kernels before it, and one wait orders a whole chain.

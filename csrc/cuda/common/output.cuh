@@ -31,12 +31,13 @@ __device__ __forceinline__ float load_bias(const void* bias, int column, bool bf
 }
 
 // Four neighbouring features of one token; column is a multiple of four.
-__device__ __forceinline__ void store_outputs(int4 sum, float token_scale, const float* channel_scales, const void* bias,
-                                              void* output, int64_t row, int column, int64_t out_features,
-                                              bool bfloat16) {
+__device__ __forceinline__ void store_outputs(int4 sum, float token_scale, const float* channel_scales,
+                                              const void* bias, void* output, int64_t row, int column,
+                                              int64_t out_features, bool bfloat16) {
   // Two pairs of neighbours in the stored order: see format::stored_channel_scale_column.
   const float2 scale01 = *reinterpret_cast<const float2*>(channel_scales + format::stored_channel_scale_column(column));
-  const float2 scale23 = *reinterpret_cast<const float2*>(channel_scales + format::stored_channel_scale_column(column + 2));
+  const float2 scale23 =
+      *reinterpret_cast<const float2*>(channel_scales + format::stored_channel_scale_column(column + 2));
   float4 value = {scaled(sum.x, scale01.x, token_scale), scaled(sum.y, scale01.y, token_scale),
                   scaled(sum.z, scale23.x, token_scale), scaled(sum.w, scale23.y, token_scale)};
   if (bias != nullptr) {

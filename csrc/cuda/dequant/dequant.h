@@ -38,9 +38,9 @@ MARLIN_QQQ_DEVICE_FUNCTION uint32_t high_codes(uint32_t word) {
   return half2_fma(and_or(word, 0x00f000f0u, 0x64006400u), 0x2c002c00u, 0xd480d480u);  // * 1/16 + (-72)
 }
 
-// Per-group: round_half_even(q * scale) as int8. fp16 numbers in [1024, 2048) are whole, so one fma with 1536 rounds the
-// product half to even, and the low byte of the result is the product's two's complement (1536 is a multiple of 256).
-// Right for products in [-128.25, 127.5); outside it wraps modulo 256 (as long as |product| <= 512).
+// Per-group: round_half_even(q * scale) as int8. fp16 numbers in [1024, 2048) are whole, so one fma with 1536 rounds
+// the product half to even, and the low byte of the result is the product's two's complement (1536 is a multiple of
+// 256). Right for products in [-128.25, 127.5); outside it wraps modulo 256 (as long as |product| <= 512).
 MARLIN_QQQ_DEVICE_FUNCTION uint32_t round_codes(uint32_t codes01, uint32_t codes23, uint32_t scale) {
   const uint32_t rounded01 = half2_fma(codes01, scale, 0x66006600u);
   const uint32_t rounded23 = half2_fma(codes23, scale, 0x66006600u);

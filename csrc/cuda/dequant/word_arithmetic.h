@@ -32,7 +32,7 @@ inline uint16_t double_to_half(double value) {
   if (magnitude == 0.0) return sign;
   if (magnitude >= 65520.0) return sign | 0x7c00;
   int exponent = 0;
-  std::frexp(magnitude, &exponent);                          // magnitude = f * 2^exponent, f in [0.5, 1)
+  std::frexp(magnitude, &exponent);                            // magnitude = f * 2^exponent, f in [0.5, 1)
   const int unit = exponent - 11 < -24 ? -24 : exponent - 11;  // exponent of the last mantissa bit
   const auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, -unit)));
   return sign | static_cast<uint16_t>(steps + ((unit + 24) << 10));  // a carry out of the mantissa bumps the exponent

@@ -95,8 +95,8 @@ __device__ __forceinline__ RowScale row_scale(uint32_t largest_bits) {
   return {__fdiv_rn(largest, 127.0f), inverse};
 }
 
-// x * inverse rounded half to even, in the low byte: |x * inverse| <= 127, and adding 1.5 * 2^23 to a product that has been
-// rounded to fp32 rounds it to an integer in the low bits.
+// x * inverse rounded half to even, in the low byte: |x * inverse| <= 127, and adding 1.5 * 2^23 to a product that has
+// been rounded to fp32 rounds it to an integer in the low bits.
 __device__ __forceinline__ uint32_t quantized_bits(float x, float inverse) {
   return __float_as_uint(__fadd_rn(__fmul_rn(x, inverse), 12582912.0f));
 }
@@ -120,11 +120,12 @@ __device__ __forceinline__ uint32_t row_maximum(uint32_t value) {
   return __reduce_max_sync(~0u, lane < warps ? row[lane] : 0u);
 }
 
-// A row's elements in 16-byte vectors, kVectors a thread. Rows are 16-byte aligned and in_features a multiple of a vector.
+// A row's elements in 16-byte vectors, kVectors a thread. Rows are 16-byte aligned and in_features a multiple of a
+// vector.
 template <class T, int kVectors>
-__global__ void __launch_bounds__(kMaxThreads) quantize_rows(const T* x, int64_t num_tokens, int64_t in_features,
-                                                             int64_t row_stride, int8_t* quantized,
-                                                             float* token_scale) {
+__global__ void __launch_bounds__(kMaxThreads)
+    quantize_rows(const T* x, int64_t num_tokens, int64_t in_features, int64_t row_stride, int8_t* quantized,
+                  float* token_scale) {
   constexpr int kElements = Vector<T>::kElements;
   allow_next_kernel();
   wait_for_previous_kernel();
@@ -195,8 +196,8 @@ cudaError_t launch(const T* x, int64_t num_tokens, int64_t in_features, int64_t 
   const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && row_stride % kElements == 0 &&
                        in_features % kElements == 0 && reinterpret_cast<uintptr_t>(quantized) % 8 == 0;
   if (!aligned || vectors == 0 || vectors > 8 * kMaxThreads) {
-    return launch_dependent(quantize_rows_of_any_shape<T>, dim3(static_cast<unsigned>(num_tokens)), dim3(256), 0, 1, stream,
-                            x, in_features, row_stride, quantized, token_scale);
+    return launch_dependent(quantize_rows_of_any_shape<T>, dim3(static_cast<unsigned>(num_tokens)), dim3(256), 0, 1,
+                            stream, x, in_features, row_stride, quantized, token_scale);
   }
   // Few rows: as many threads as the row has vectors, for the shortest time. Many rows: four loads in flight a thread.
   const int wanted = num_tokens <= 256 ? 1 : 4;
@@ -207,7 +208,8 @@ cudaError_t launch(const T* x, int64_t num_tokens, int64_t in_features, int64_t 
   const dim3 grid(static_cast<unsigned>(divide_up(num_tokens, rows)));
   const dim3 block(threads, rows);
   const auto run = [&](auto kernel) {
-    return launch_dependent(kernel, grid, block, 0, 1, stream, x, num_tokens, in_features, row_stride, quantized, token_scale);
+    return launch_dependent(kernel, grid, block, 0, 1, stream, x, num_tokens, in_features, row_stride, quantized,
+                            token_scale);
   };
   switch (per_thread) {
     case 1:

@@ -25,8 +25,8 @@ struct Config {
   static constexpr int kThreads = kTile.threads();
   static constexpr int kBlocksPerSm = kTile.blocks_per_sm;
 
-  static constexpr int kChunks = kWarpFeatures / 16;       // A fragments of a warp
-  static constexpr int kTokenBlocks = kWarpTokens / 8;     // B fragments of a warp
+  static constexpr int kChunks = kWarpFeatures / 16;        // A fragments of a warp
+  static constexpr int kTokenBlocks = kWarpTokens / 8;      // B fragments of a warp
   static constexpr int kSteps = kDepth / 32 / kDepthWarps;  // of 32 inputs, a warp and stage
 
   static constexpr int kActivationBytes = kTile.activation_bytes();
@@ -52,9 +52,9 @@ struct Parameters {
   int in_features;
   int token_tiles;
   int feature_tiles;
-  int split;          // blocks that share a tile's inputs
+  int split;           // blocks that share a tile's inputs
   uint32_t* counters;  // [tiles] zeros: arrivals of the tile's blocks (split > 1)
-  int32_t* partials;  // [split][tiles][tokens][features] (split > 1)
+  int32_t* partials;   // [split][tiles][tokens][features] (split > 1)
 };
 
 }  // namespace marlin_qqq::cuda::sm80

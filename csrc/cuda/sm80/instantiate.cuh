@@ -14,8 +14,8 @@ Kernel kernel_of() {
 
 }  // namespace marlin_qqq::cuda::sm80
 
-#define MARLIN_QQQ_INSTANTIATE_SM80(name)                                                                    \
-  template marlin_qqq::cuda::sm80::Kernel                                                                    \
-  marlin_qqq::cuda::sm80::kernel_of<marlin_qqq::plan::sm80_tile_index(name), false>();                       \
-  template marlin_qqq::cuda::sm80::Kernel                                                                    \
+#define MARLIN_QQQ_INSTANTIATE_SM80(name)                                              \
+  template marlin_qqq::cuda::sm80::Kernel                                              \
+  marlin_qqq::cuda::sm80::kernel_of<marlin_qqq::plan::sm80_tile_index(name), false>(); \
+  template marlin_qqq::cuda::sm80::Kernel                                              \
   marlin_qqq::cuda::sm80::kernel_of<marlin_qqq::plan::sm80_tile_index(name), true>();

@@ -1,5 +1,5 @@
-// The mma.sync kernel for sm_80 and later: one block a tile and slice of the inputs. Blocks that share a tile leave their
-// int32 sums in a scratch buffer, and whichever arrives last adds them up: no block ever waits for another.
+// The mma.sync kernel for sm_80 and later: one block a tile and slice of the inputs. Blocks that share a tile leave
+// their int32 sums in a scratch buffer, and whichever arrives last adds them up: no block ever waits for another.
 #pragma once
 
 #include "cuda/common/output.cuh"
@@ -23,7 +23,8 @@ __device__ __forceinline__ void gather_sums(uint32_t shared, int warp_feature, i
       for (int i = 0; i < C::kPassTokens / 8; ++i) {
 #pragma unroll
         for (int value = 0; value < 4; ++value) {
-          const int row = (depth_warp * C::kTokenWarps + token_warp) * C::kPassTokens + 8 * i + 2 * (lane % 4) + value % 2;
+          const int row =
+              (depth_warp * C::kTokenWarps + token_warp) * C::kPassTokens + 8 * i + 2 * (lane % 4) + value % 2;
           const int feature = warp_feature + 16 * j + 8 * (value / 2) + lane / 4;
           asm volatile("st.shared.s32 [%0], %1;" ::"r"(shared + 4 * (row * C::kPartialPitch + feature)),
                        "r"(sums[j][pass * (C::kPassTokens / 8) + i][value])
@@ -113,7 +114,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
   int32_t* mine = p.partials + (static_cast<int64_t>(split_rank) * tiles + tile) * kTileSums;
   gather_sums<C>(shared, feature_warp * C::kWarpFeatures, token_warp, depth_warp, lane, sums,
                  [&](int row, int column, int4 total) {
-                   if (token + row < p.num_tokens) __stcg(reinterpret_cast<int4*>(mine + row * C::kFeatures + column), total);
+                   if (token + row < p.num_tokens)
+                     __stcg(reinterpret_cast<int4*>(mine + row * C::kFeatures + column), total);
                  });
   __threadfence();
   __shared__ bool is_last;
@@ -128,8 +130,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
     if (token + row >= p.num_tokens) break;
     int4 total = {0, 0, 0, 0};
     for (int s = 0; s < p.split; ++s) {
-      const int4 part = __ldcg(reinterpret_cast<const int4*>(
-          p.partials + (static_cast<int64_t>(s) * tiles + tile) * kTileSums + 4 * v));
+      const int4 part = __ldcg(
+          reinterpret_cast<const int4*>(p.partials + (static_cast<int64_t>(s) * tiles + tile) * kTileSums + 4 * v));
       total.x += part.x;
       total.y += part.y;
       total.z += part.z;

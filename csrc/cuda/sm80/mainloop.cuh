@@ -9,8 +9,8 @@
 
 namespace marlin_qqq::cuda::sm80 {
 
-// Byte offset of 16-byte piece `piece` of activation row `row` in a stage: pieces are permuted so that eight rows of one
-// piece lie in eight different groups of banks.
+// Byte offset of 16-byte piece `piece` of activation row `row` in a stage: pieces are permuted so that eight rows of
+// one piece lie in eight different groups of banks.
 template <class C>
 __device__ __forceinline__ uint32_t activation_offset(int row, int piece) {
   if constexpr (C::kDepth == 128) return row * 128 + ((piece ^ (row % 8)) * 16);
@@ -26,7 +26,8 @@ __device__ __forceinline__ void load_stage(const Parameters& p, uint32_t stage, 
     const int row = i / kPieces;
     const int piece = i % kPieces;
     const bool inside = token + row < p.num_tokens;
-    const int64_t offset = static_cast<int64_t>(inside ? token + row : 0) * p.in_features + block * C::kDepth + 16 * piece;
+    const int64_t offset =
+        static_cast<int64_t>(inside ? token + row : 0) * p.in_features + block * C::kDepth + 16 * piece;
     copy_async(stage + activation_offset<C>(row, piece), p.activations + offset, inside);
   }
   // Packed rows of 2 words a feature; the tile's part of a row is contiguous.
@@ -37,8 +38,8 @@ __device__ __forceinline__ void load_stage(const Parameters& p, uint32_t stage, 
     const int row = i / kRowPieces;
     const int piece = i % kRowPieces;
     const bool inside = feature + 2 * piece < p.out_features;
-    const int64_t offset =
-        (static_cast<int64_t>(block) * (C::kDepth / 16) + row) * 2 * p.out_features + 2 * (inside ? feature + 2 * piece : 0);
+    const int64_t offset = (static_cast<int64_t>(block) * (C::kDepth / 16) + row) * 2 * p.out_features +
+                           2 * (inside ? feature + 2 * piece : 0);
     copy_async(weights + 16 * i, p.packed_weight + offset, inside);
   }
   if constexpr (C::kGrouped) {
@@ -73,7 +74,8 @@ template <class C>
 __device__ __forceinline__ void multiply_stage(uint32_t stage, int warp_feature, int warp_token, int warp_depth,
                                                int lane, Sums<C>& sums) {
   // The warp's chunks of 16 features are neighbouring words of a packed tile (docs/format.md).
-  const uint32_t weights = stage + C::kActivationBytes + warp_feature / 64 * 512 + 16 * lane + warp_feature % 64 / 16 * 4;
+  const uint32_t weights =
+      stage + C::kActivationBytes + warp_feature / 64 * 512 + 16 * lane + warp_feature % 64 / 16 * 4;
   dequant::GroupScales scales[C::kChunks];
   if constexpr (C::kGrouped) {
     uint32_t pairs[C::kChunks];
