@@ -156,31 +156,31 @@ struct Gemm {
   }
 };
 
-// Threads worth waking: below some twenty microseconds of work each, waking them costs more than they save.
+// Threads worth waking: below some fifty microseconds of work each, waking them costs more than they save.
 int useful_threads(int64_t num_tokens, int64_t out_features, int64_t in_features, int num_threads) {
-  constexpr int64_t kWeightsPerThread = 800'000;  // that many are dequantised in 20 us
-  constexpr int64_t kTokensLikeDequantising = 8;  // multiplying them costs as much as dequantising
+  constexpr int64_t kWeightsPerThread = 2'000'000;  // that many are dequantised in 50 us
+  constexpr int64_t kTokensLikeDequantising = 8;    // multiplying them costs as much as dequantising
   const int64_t weights = out_features * in_features;
   const int64_t work = weights + weights / kTokensLikeDequantising * num_tokens;
   return static_cast<int>(std::clamp<int64_t>(work / kWeightsPerThread, 1, std::max(num_threads, 1)));
 }
 
 const GemmBackend& backend_of(InstructionSet set) {
-#if defined(__x86_64__)
   switch (set) {
+#if defined(__x86_64__)
     case InstructionSet::kAvx2:
       return avx2_backend();
     case InstructionSet::kAvxVnni:
       return avx_vnni_backend();
     case InstructionSet::kAvx512Vnni:
       return avx512_vnni_backend();
-    case InstructionSet::kGeneric:
-      break;
-  }
-#else
-  (void)set;
+#elif defined(__aarch64__)
+    case InstructionSet::kNeonDotprod:
+      return neon_dotprod_backend();
 #endif
-  return generic_backend();
+    default:
+      return generic_backend();
+  }
 }
 
 }  // namespace

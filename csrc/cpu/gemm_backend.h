@@ -64,6 +64,8 @@ const GemmBackend& generic_backend();
 const GemmBackend& avx2_backend();
 const GemmBackend& avx_vnni_backend();
 const GemmBackend& avx512_vnni_backend();
+#elif defined(__aarch64__)
+const GemmBackend& neon_dotprod_backend();
 #endif
 
 #define MARLIN_QQQ_PRAGMA(text) _Pragma(#text)

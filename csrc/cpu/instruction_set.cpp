@@ -7,13 +7,15 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace marlin_qqq::cpu {
 namespace {
 
 constexpr InstructionSet kAll[] = {InstructionSet::kGeneric, InstructionSet::kAvx2, InstructionSet::kAvxVnni,
-                                   InstructionSet::kAvx512Vnni};
+                                   InstructionSet::kAvx512Vnni, InstructionSet::kNeonDotprod};
 
 #if defined(__x86_64__)
 bool has_avx2() { return __builtin_cpu_supports("avx2") != 0; }
@@ -35,6 +37,19 @@ bool has_avx512_vnni() {
   return __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
          __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vl") != 0 &&
          __builtin_cpu_supports("avx512vnni") != 0;
+}
+#endif
+
+#if defined(__aarch64__)
+bool has_neon_dotprod() {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return true;
+#elif defined(__linux__)
+  constexpr unsigned long kAsimdDp = 1ul << 20;  // HWCAP_ASIMDDP; older kernel headers lack the name
+  return (getauxval(AT_HWCAP) & kAsimdDp) != 0;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -78,6 +93,8 @@ const char* instruction_set_name(InstructionSet set) {
       return "avx_vnni";
     case InstructionSet::kAvx512Vnni:
       return "avx512_vnni";
+    case InstructionSet::kNeonDotprod:
+      return "neon_dotprod";
     case InstructionSet::kGeneric:
       break;
   }
@@ -93,6 +110,9 @@ bool is_supported(InstructionSet set) {
       return has_avx_vnni();
     case InstructionSet::kAvx512Vnni:
       return has_avx512_vnni();
+#elif defined(__aarch64__)
+    case InstructionSet::kNeonDotprod:
+      return has_neon_dotprod();
 #endif
     case InstructionSet::kGeneric:
       return true;

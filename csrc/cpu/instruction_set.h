@@ -13,4 +13,11 @@
 #define MARLIN_QQQ_HAVE_AVX_VNNI 1
 #define MARLIN_QQQ_TARGET_AVX_VNNI MARLIN_QQQ_TARGET("avx2,f16c,avxvnni")
 #endif
+#elif defined(__aarch64__)
+#define MARLIN_QQQ_HAVE_NEON_DOTPROD 1
+#if defined(__clang__)
+#define MARLIN_QQQ_TARGET_NEON_DOTPROD __attribute__((target("dotprod")))
+#else
+#define MARLIN_QQQ_TARGET_NEON_DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
 #endif

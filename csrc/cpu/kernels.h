@@ -54,8 +54,8 @@ void unpermute_scale(const void* stored, ScaleKind kind, int64_t rows, int64_t o
 
 // Instruction sets that gemm can use, best last. The best one that the machine has is taken, unless the environment
 // variable MARLIN_QQQ_CPU_LEVEL or set_instruction_set names a lesser one.
-enum class InstructionSet { kGeneric, kAvx2, kAvxVnni, kAvx512Vnni };
-const char* instruction_set_name(InstructionSet set);  // "generic", "avx2", "avx_vnni", "avx512_vnni"
+enum class InstructionSet { kGeneric, kAvx2, kAvxVnni, kAvx512Vnni, kNeonDotprod };
+const char* instruction_set_name(InstructionSet set);  // "generic", "avx2", "avx_vnni", "avx512_vnni", "neon_dotprod"
 bool is_supported(InstructionSet set);
 InstructionSet instruction_set();
 // For tests. Returns false, and changes nothing, if the machine lacks it. Not to be called while a kernel runs.

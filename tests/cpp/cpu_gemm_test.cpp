@@ -217,6 +217,7 @@ TEST(InstructionSets, GenericIsAlwaysThereAndNamesAreDistinct) {
   EXPECT_STREQ(cpu::instruction_set_name(cpu::InstructionSet::kAvx2), "avx2");
   EXPECT_STREQ(cpu::instruction_set_name(cpu::InstructionSet::kAvxVnni), "avx_vnni");
   EXPECT_STREQ(cpu::instruction_set_name(cpu::InstructionSet::kAvx512Vnni), "avx512_vnni");
+  EXPECT_STREQ(cpu::instruction_set_name(cpu::InstructionSet::kNeonDotprod), "neon_dotprod");
 }
 
 }  // namespace

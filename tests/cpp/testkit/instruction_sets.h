@@ -12,8 +12,9 @@ namespace marlin_qqq::testkit {
 
 inline std::vector<cpu::InstructionSet> supported_instruction_sets() {
   std::vector<cpu::InstructionSet> sets;
-  for (const cpu::InstructionSet set : {cpu::InstructionSet::kGeneric, cpu::InstructionSet::kAvx2,
-                                        cpu::InstructionSet::kAvxVnni, cpu::InstructionSet::kAvx512Vnni}) {
+  for (const cpu::InstructionSet set :
+       {cpu::InstructionSet::kGeneric, cpu::InstructionSet::kAvx2, cpu::InstructionSet::kAvxVnni,
+        cpu::InstructionSet::kAvx512Vnni, cpu::InstructionSet::kNeonDotprod}) {
     if (cpu::is_supported(set)) {
       sets.push_back(set);
     }
