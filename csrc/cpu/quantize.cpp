@@ -22,7 +22,15 @@ namespace {
 // The three element types: their bits, and how to read them as fp32.
 struct Float16 {
   using Bits = uint16_t;
-  static float to_float(Bits bits) { return format::float16_to_float(bits); }
+  static float to_float(Bits bits) {
+#if defined(__aarch64__)
+    __fp16 value;  // one instruction, and loops over it vectorise
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+#else
+    return format::float16_to_float(bits);
+#endif
+  }
 };
 struct BFloat16 {
   using Bits = uint16_t;

@@ -18,10 +18,13 @@ struct SliceCycles {
   double feed;     // bytes into shared memory
 };
 
-// Overlapped units: the largest dominates, and the others show when they come close (a 4-norm; on an H200 it follows the
-// measured tensor rate of 64..256 tokens a tile within a few percent).
-inline double overlapped(const SliceCycles& c) {
-  return std::pow(std::pow(c.tensor, 4) + std::pow(c.dequant, 4) + std::pow(c.feed, 4), 0.25);
+// Times that overlap: the largest dominates, and the others show when they come close.
+inline double norm(double a, double b, double order) {
+  return std::pow(std::pow(a, order) + std::pow(b, order), 1 / order);
+}
+
+inline double overlapped(const SliceCycles& c, double order) {
+  return norm(norm(c.tensor, c.dequant, order), c.feed, order);
 }
 
 // Bytes that have to cross the memory bus at least once.

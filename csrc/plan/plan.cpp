@@ -34,7 +34,8 @@ Family family_of(const DeviceProperties& device, Family wanted) {
   if (wanted != Family::kNone) return wanted;
   if (device.compute_capability < 80) {
     throw std::invalid_argument("compute capability " + std::to_string(device.compute_capability / 10) + "." +
-                                std::to_string(device.compute_capability % 10) + " is too old; 8.0 and later are supported");
+                                std::to_string(device.compute_capability % 10) +
+                                " is too old; 8.0 and later are supported");
   }
   return device.compute_capability == 90 ? Family::kSm90 : Family::kSm80;
 }
@@ -77,7 +78,8 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const std
 std::vector<TileDescription> tile_table() {
   std::vector<TileDescription> rows;
   for (const Sm80Tile& tile : kSm80Tiles) {
-    rows.push_back({Family::kSm80, std::string(tile.name), tile.tokens(), tile.features(), tile.stages, tile.threads()});
+    rows.push_back(
+        {Family::kSm80, std::string(tile.name), tile.tokens(), tile.features(), tile.stages, tile.threads()});
   }
   for (const Sm90Tile& tile : kSm90Tiles) {
     rows.push_back({Family::kSm90, std::string(tile.name), tile.tokens, tile.features(), tile.stages, tile.threads()});
@@ -87,9 +89,9 @@ std::vector<TileDescription> tile_table() {
 
 DeviceProperties reference_device(const std::string& architecture) {
   constexpr int64_t kMiB = 1 << 20;
-  if (architecture == "sm_80") return {80, 108, 40 * kMiB, 166912, 2039, 1.41};   // A100 80 GB
-  if (architecture == "sm_86") return {86, 84, 6 * kMiB, 101376, 768, 1.70};      // A40 / RTX 3090 class
-  if (architecture == "sm_89") return {89, 142, 96 * kMiB, 101376, 864, 2.49};    // L40S
+  if (architecture == "sm_80") return {80, 108, 40 * kMiB, 166912, 2039, 1.41};  // A100 80 GB
+  if (architecture == "sm_86") return {86, 84, 6 * kMiB, 101376, 768, 1.70};     // A40 / RTX 3090 class
+  if (architecture == "sm_89") return {89, 142, 96 * kMiB, 101376, 864, 2.49};   // L40S
   if (architecture == "sm_90") {
     return {90, 132, 60 * kMiB, 232448, 4814, 1.98, {132, 66, 39, 30, 22, 17, 15, 15}};  // H200
   }
@@ -104,12 +106,13 @@ const char* family_name(Family family) {
 std::string to_string(const Plan& plan) {
   if (plan.family == Family::kNone) return "nothing to launch";
   char text[256];
-  std::snprintf(text, sizeof(text),
-                "%s %s: tile %d tokens x %d features, %d stages, split %d x %d, multicast %d, grid %d x %d threads, %d bytes of "
-                "shared memory, %lld bytes of scratch, estimated %.1f us",
-                family_name(plan.family), plan.tile_name.c_str(), plan.tile_tokens, plan.tile_features, plan.stages,
-                plan.split, plan.scratch_split, plan.multicast, plan.grid, plan.threads, plan.shared_memory_bytes,
-                static_cast<long long>(plan.scratch_bytes), plan.estimated_us);
+  std::snprintf(
+      text, sizeof(text),
+      "%s %s: tile %d tokens x %d features, %d stages, split %d x %d, multicast %d, grid %d x %d threads, %d bytes of "
+      "shared memory, %lld bytes of scratch, estimated %.1f us",
+      family_name(plan.family), plan.tile_name.c_str(), plan.tile_tokens, plan.tile_features, plan.stages, plan.split,
+      plan.scratch_split, plan.multicast, plan.grid, plan.threads, plan.shared_memory_bytes,
+      static_cast<long long>(plan.scratch_bytes), plan.estimated_us);
   return text;
 }
 

@@ -19,12 +19,12 @@ struct Problem {
 
 // What the planner needs to know of a GPU (cudaDeviceProp's fields, in our words).
 struct DeviceProperties {
-  int compute_capability;      // 80, 86, 89, 90, 100, 120: major * 10 + minor
-  int num_sms;                 // multiprocessors
-  int64_t l2_bytes;            // L2 cache
-  int shared_memory_per_block; // bytes a block may opt in to
-  double memory_gb_per_s;      // DRAM bandwidth by its clock and width
-  double clock_ghz;            // multiprocessor clock
+  int compute_capability;       // 80, 86, 89, 90, 100, 120: major * 10 + minor
+  int num_sms;                  // multiprocessors
+  int64_t l2_bytes;             // L2 cache
+  int shared_memory_per_block;  // bytes a block may opt in to
+  double memory_gb_per_s;       // DRAM bandwidth by its clock and width
+  double clock_ghz;             // multiprocessor clock
   // Clusters of 1..8 blocks that run at once, a block a multiprocessor (sm_90): GPCs differ in size from chip to chip.
   std::array<int, 8> clusters = {};
 };
@@ -36,18 +36,18 @@ enum class Family { kNone, kSm80, kSm90 };
 struct Plan {
   Family family = Family::kNone;
   int tile = -1;
-  std::string tile_name;       // the table row's name, as MARLIN_QQQ_TILE accepts it
-  int tile_tokens = 0;         // tokens of one block's tile
-  int tile_features = 0;       // output features of one block's tile
-  int stages = 0;              // depth of the shared-memory pipeline
-  int split = 1;               // blocks that share one output tile, each with a slice of in_features (sm90: one cluster)
-  int scratch_split = 1;       // clusters that share one output tile: their sums meet in scratch (sm90)
-  int multicast = 1;           // blocks of a cluster that share one activation tile (sm90)
-  int grid = 0;                // blocks
-  int threads = 0;             // threads a block
-  int shared_memory_bytes = 0; // dynamic shared memory a block
-  int64_t scratch_bytes = 0;   // device scratch the launch needs, uninitialised, 256-byte aligned
-  double estimated_us = 0.0;   // the cost model's time; only differences between candidates mean anything
+  std::string tile_name;  // the table row's name, as MARLIN_QQQ_TILE accepts it
+  int tile_tokens = 0;    // tokens of one block's tile
+  int tile_features = 0;  // output features of one block's tile
+  int stages = 0;         // depth of the shared-memory pipeline
+  int split = 1;          // blocks that share one output tile, each with a slice of in_features (sm90: one cluster)
+  int scratch_split = 1;  // clusters that share one output tile: their sums meet in scratch (sm90)
+  int multicast = 1;      // blocks of a cluster that share one activation tile (sm90)
+  int grid = 0;           // blocks
+  int threads = 0;        // threads a block
+  int shared_memory_bytes = 0;  // dynamic shared memory a block
+  int64_t scratch_bytes = 0;    // device scratch the launch needs, uninitialised, 256-byte aligned
+  double estimated_us = 0.0;    // the cost model's time; only differences between candidates mean anything
 };
 
 struct TileDescription {
@@ -75,7 +75,7 @@ std::vector<TileDescription> tile_table();
 // "sm_90" (H100/H200), "sm_120". Raises std::invalid_argument for other names.
 DeviceProperties reference_device(const std::string& architecture);
 
-const char* family_name(Family family);  // "none", "sm80", "sm90"
-std::string to_string(const Plan& plan); // one line
+const char* family_name(Family family);   // "none", "sm80", "sm90"
+std::string to_string(const Plan& plan);  // one line
 
 }  // namespace marlin_qqq::plan

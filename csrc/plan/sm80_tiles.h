@@ -56,10 +56,10 @@ constexpr int sm80_tile_index(std::string_view name) {
 
 constexpr bool sm80_tiles_are_sound() {
   for (const Sm80Tile& tile : kSm80Tiles) {
-    if (tile.warp_features * tile.warp_tokens / 32 > 128) return false;             // registers
+    if (tile.warp_features * tile.warp_tokens / 32 > 128) return false;  // registers
     if (tile.depth % (32 * tile.depth_warps) != 0 || tile.warp_tokens % 16) return false;
     if (tile.features() % 64 != 0 || tile.threads() > 256) return false;
-    if (tile.shared_memory_bytes() > 101376 / tile.blocks_per_sm) return false;      // a block's limit on sm_86, 89, 120
+    if (tile.shared_memory_bytes() > 101376 / tile.blocks_per_sm) return false;  // a block's limit on sm_86, 89, 120
   }
   return true;
 }

@@ -5,22 +5,32 @@
 namespace marlin_qqq::plan {
 namespace {
 
-// A multiprocessor's rates, measured on an H200 (docs/kernel-sm90.md).
-constexpr double kMacsPerCycle = 4096;        // int8 wgmma
-constexpr double kFeedBytesPerCycle = 30;     // L2 -> shared memory with every multiprocessor reading
-constexpr double kChannelDequantCycles = 1.1;  // a feature and 128 inputs, 4 schedulers
-constexpr double kGroupDequantCycles = 3.0;
+// Constants of the model, fitted to a sweep of 1,100 candidates on an H200 so that the candidate it ranks first is as
+// fast as the best one (docs/kernel-sm90.md). Cycles are of the nominal clock.
+constexpr double kMacsPerCycle = 3880;          // int8 wgmma, a multiprocessor
+constexpr double kFeedBytesPerCycle = 80;       // L2 -> shared memory, a multiprocessor
+constexpr double kChannelDequantCycles = 0.94;  // a feature and 128 inputs, a multiprocessor
+constexpr double kGroupDequantCycles = 4.1;
+constexpr double kUnitNorm = 1.9;  // how well the units overlap: the larger, the better
+
+// A ring's stage takes at least this long, however idle the multiprocessor is.
+constexpr double kChannelStageLatency = 230;
+constexpr double kGroupStageLatency = 570;
+constexpr double kStageLatencyPerToken = 0.46;  // and 64 features
+constexpr double kLatencyNorm = 2.07;
 
 constexpr int kLargestSplit = 16;
-
-// Fixed cycles of a launch: first bytes to arrive, barriers, the end of the last store.
-constexpr double kLaunchCycles = 2600;
-constexpr double kClusterReductionCycles = 900;
-constexpr double kReductionBytesPerCycle = 40;  // distributed shared memory, a block
-constexpr double kEpilogueOutputsPerCycle = 24;  // direct stores, a block
-constexpr double kReductionKernelUs = 1.0;      // a second, dependent launch
-constexpr double kScratchBytesPerUs = 5.0e6;    // sums written and read, in L2
-constexpr double kSustainedClock = 0.9;         // of the nominal clock
+constexpr double kLaunchCycles = 5000;             // first bytes to arrive, barriers, the last store
+constexpr double kClusterReductionCycles = 2400;   // of a cluster of two,
+constexpr double kClusterReductionPerBlock = 540;  // and for every further block
+constexpr double kBlockReductionCycles = 200;      // within a block
+constexpr double kReductionBytesPerCycle = 163;
+constexpr double kEpilogueOutputsPerCycle = 200;  // direct stores of the last tile
+constexpr double kWaveCycles = 1500;
+constexpr double kReductionKernelUs = 0.41;   // a second, dependent launch
+constexpr double kScratchBytesPerUs = 4.5e6;  // sums written and read, in L2
+constexpr double kMulticastPenalty = 0.044;   // a block that shares activations waits for its neighbours
+constexpr double kModelBandwidth = 0.717;     // of the bus's rate
 
 // Clusters of this many blocks that run at once.
 int cluster_slots(const DeviceProperties& device, int cluster_size, int blocks_per_sm) {
@@ -35,34 +45,37 @@ double estimate_us(const Problem& problem, const DeviceProperties& device, const
   const int total_split = plan.split * plan.scratch_split;
   const bool partial = tile.depth_split() || total_split > 1;
 
-  SliceCycles slice;
-  slice.tensor = features * std::max(tokens, 32.0) * 128 / kMacsPerCycle;
-  slice.dequant = features * (grouped ? kGroupDequantCycles : kChannelDequantCycles);
-  slice.feed = (tokens * 128 / plan.multicast + features * 64) / kFeedBytesPerCycle;
-
+  const SliceCycles slice = {features * tokens * 128 / kMacsPerCycle,
+                             features * (grouped ? kGroupDequantCycles : kChannelDequantCycles),
+                             (tokens * 128 / plan.multicast + features * 64) / kFeedBytesPerCycle};
   const int64_t works = divide_up(problem.num_tokens, tile.tokens) *
                         divide_up(problem.out_features, int64_t{tile.features()} * plan.multicast) * plan.scratch_split;
   const int slots = cluster_slots(device, cluster_size, tile.blocks_per_sm);
   if (slots == 0) return 1e30;
-  const int64_t waves = divide_up(works, slots);
-  // Blocks that share a multiprocessor share its units.
-  const double sharing = std::min<double>(tile.blocks_per_sm,
-                                          std::max(1.0, static_cast<double>(works) * cluster_size / device.num_sms));
-  const double stages = std::ceil(static_cast<double>(problem.in_features / 128) / total_split);
-  double block_cycles = stages * overlapped(slice) * sharing;
-  double tail = kLaunchCycles;
+  const auto waves = static_cast<double>(divide_up(works, slots));
+  // Blocks that share a multiprocessor share its units: what counts is how many of them the fullest one gets to run.
+  const int usable_sms = device.clusters[cluster_size - 1] * cluster_size;
+  const auto rounds = static_cast<double>(divide_up(works * cluster_size, usable_sms));
+  const auto stages = static_cast<double>(divide_up(problem.in_features / 128, total_split));
+  const double latency =
+      (grouped ? kGroupStageLatency : kChannelStageLatency) + kStageLatencyPerToken * tokens * tile.blocks;
+  const double mainloop = norm(rounds * stages * overlapped(slice, kUnitNorm),
+                               waves * std::ceil(stages / tile.rings()) * latency, kLatencyNorm);
+
   const double outputs = features * tokens;
+  double ending = kWaveCycles;
+  double tail = kLaunchCycles;
   if (partial) {
-    block_cycles += (plan.split > 1 ? kClusterReductionCycles : 200) + outputs * 4 * tile.rings() / kReductionBytesPerCycle;
+    ending += plan.split == 1 ? kBlockReductionCycles
+                              : kClusterReductionCycles + kClusterReductionPerBlock * (plan.split - 2);
+    ending += outputs * 4 * tile.rings() / kReductionBytesPerCycle;
   } else {
-    // The two warpgroups drift apart, so that one stores while the other multiplies; the last store is not hidden.
-    block_cycles += 0.35 * outputs / kEpilogueOutputsPerCycle;
-    tail += 0.65 * outputs / kEpilogueOutputsPerCycle;
+    tail += outputs / kEpilogueOutputsPerCycle;  // the stores before the last tile's are hidden
   }
-  const double cycles_a_us = device.clock_ghz * 1e3 * kSustainedClock;
-  const double compute_us = waves * block_cycles / cycles_a_us;
-  const double bytes_us = memory_us(problem, device);
-  double us = std::pow(std::pow(compute_us, 6) + std::pow(bytes_us, 6), 1.0 / 6) + tail / cycles_a_us;
+  const double cycles_a_us = device.clock_ghz * 1e3;
+  const double compute_us = (mainloop + waves * ending) / cycles_a_us * (1 + kMulticastPenalty * (plan.multicast - 1));
+  const double bytes_us = problem_bytes(problem) / (kModelBandwidth * device.memory_gb_per_s * 1e3);
+  double us = norm(compute_us, bytes_us, 4) + tail / cycles_a_us;
   if (plan.scratch_split > 1) {
     const double sums = 8.0 * plan.scratch_split * static_cast<double>(problem.num_tokens) * problem.out_features;
     us += kReductionKernelUs + sums / kScratchBytesPerUs;

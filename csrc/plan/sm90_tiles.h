@@ -12,7 +12,8 @@ enum class Cooperation {
   // Two warpgroups, each with half of the tile's output features, read the same ring of stages, which a warp of its own
   // fills. For many tokens.
   kFeatures,
-  // Every warpgroup has a ring of its own, which it fills itself, and its part of the inputs (k); their sums are added at
+  // Every warpgroup has a ring of its own, which it fills itself, and its part of the inputs (k); their sums are added
+  // at
   // the end. For few tokens: no warpgroup waits for another, and no registers go to a warp that only copies.
   kDepth,
 };
@@ -20,7 +21,8 @@ enum class Cooperation {
 struct Sm90Tile {
   std::string_view name;
   int blocks;  // 64-row products a warpgroup keeps: its features are 64 * blocks. 1 or 2 (4: up to 64 tokens)
-  int tokens;  // n of the product: a multiple of 8 (up to 32) or 16 (up to 256). Sums a thread: blocks * tokens / 2 <= 128
+  int tokens;  // n of the product: a multiple of 8 (up to 32) or 16 (up to 256). Sums a thread: blocks * tokens / 2 <=
+               // 128
   Cooperation cooperation;
   int warpgroups;     // that multiply
   int stages;         // of 128 inputs, a ring
@@ -39,7 +41,8 @@ struct Sm90Tile {
   }
   // A warp that only copies gets a warpgroup's worth of threads, so that it can hand registers over.
   constexpr int threads() const { return 128 * (warpgroups + (depth_split() ? 0 : 1)); }
-  // Output staging: each warpgroup has two chunks of `store_tokens` rows; 64 features of two bytes are 128 bytes of a row.
+  // Output staging: each warpgroup has two chunks of `store_tokens` rows; 64 features of two bytes are 128 bytes of a
+  // row.
   constexpr int store_tokens() const { return tokens % 32 == 0 && blocks == 1 ? 32 : 16; }
   constexpr int chunk_bytes() const { return blocks * store_tokens() * 128; }
   constexpr int staging_bytes() const { return depth_split() ? 0 : warpgroups * 2 * chunk_bytes(); }
@@ -103,7 +106,7 @@ constexpr int sm90_tile_index(std::string_view name) {
 
 constexpr bool sm90_tiles_are_sound() {
   for (const Sm90Tile& tile : kSm90Tiles) {
-    if (tile.blocks * tile.tokens > 256) return false;                                      // sums: 128 registers
+    if (tile.blocks * tile.tokens > 256) return false;                                       // sums: 128 registers
     if (tile.tokens % (tile.tokens <= 32 ? 8 : 16) != 0 || tile.tokens > 256) return false;  // n of integer wgmma
     if (!tile.depth_split() && (tile.warpgroups != 2 || tile.blocks_per_sm != 1)) return false;
     // 228 KB a multiprocessor, of which the system takes 1 KB a block

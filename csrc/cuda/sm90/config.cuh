@@ -48,16 +48,16 @@ struct Config {
   static constexpr int kBarrierOffset = kTokenScaleOffset + kTile.token_scale_bytes();
 };
 
-// Which chunk of 16 features of its packed tile (64 features) a thread's first product takes: the warp's own ones, rotated
-// by the thread's octet of fragment rows (row / 2 of 8). The rotation only renames the product's rows; with it, the words
-// that a warp loads at once (every fourth word, or every second pair) lie in all 32 banks of shared memory.
+// Which chunk of 16 features of its packed tile (64 features) a thread's first product takes: the warp's own ones,
+// rotated by the thread's octet of fragment rows (row / 2 of 8). The rotation only renames the product's rows; with it,
+// the words that a warp loads at once (every fourth word, or every second pair) lie in all 32 banks of shared memory.
 template <int kBlocks>
 __device__ __forceinline__ constexpr int first_chunk(int warp, int octet) {
   return kBlocks == 1 ? (warp + octet) % 4 : kBlocks == 2 ? 2 * ((warp + octet) % 2) : 0;
 }
 
-// First feature, within the warpgroup's, of a thread's chunk: its features are this + 16 * j + 8 * b + row, for product j and
-// fragment half b; `octet` is row / 2.
+// First feature, within the warpgroup's, of a thread's chunk: its features are this + 16 * j + 8 * b + row, for product
+// j and fragment half b; `octet` is row / 2.
 template <int kBlocks>
 __device__ __forceinline__ constexpr int chunk_feature(int warp, int octet) {
   return 64 * (kBlocks * warp / 4) + 16 * first_chunk<kBlocks>(warp, octet);
@@ -78,7 +78,7 @@ struct Parameters {
 
   int num_tokens;
   int out_features;
-  int stage_count;     // in_features / 128: stages of a whole tile
+  int stage_count;  // in_features / 128: stages of a whole tile
   int token_tiles;
   int feature_groups;  // feature tiles / multicast, rounded up
   int token_group;     // token tiles that are walked before the next feature group, so that weights meet in L2

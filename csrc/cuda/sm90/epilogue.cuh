@@ -14,8 +14,8 @@
 
 namespace marlin_qqq::cuda::sm90 {
 
-// Transposes an 8x8 block of 16-bit elements over the warp: lane l holds elements 2 * (l % 4) and the next of row l / 4,
-// before and after. PTX ISA, movmatrix.
+// Transposes an 8x8 block of 16-bit elements over the warp: lane l holds elements 2 * (l % 4) and the next of row l /
+// 4, before and after. PTX ISA, movmatrix.
 __device__ __forceinline__ uint32_t transposed(uint32_t block) {
   uint32_t result;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(block));
@@ -24,8 +24,8 @@ __device__ __forceinline__ uint32_t transposed(uint32_t block) {
 
 // A whole tile: this warpgroup's features x tokens. Called by its 128 threads.
 template <class C>
-__device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging, const float* token_scales,
-                                           int token, int feature, int warpgroup, int warp, int lane,
+__device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging, const float* token_scales, int token,
+                                           int feature, int warpgroup, int warp, int lane,
                                            const int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
   constexpr int kStoreTokens = C::kStoreTokens;
   constexpr int kChunkBytes = C::kChunkBytes;
@@ -88,8 +88,7 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
     if (leader) {
 #pragma unroll
       for (int panel = 0; panel < C::kBlocks; ++panel) {
-        tma_store(&p.output, buffer + panel * kStoreTokens * 128, feature + 64 * panel,
-                  token + chunk * kStoreTokens);
+        tma_store(&p.output, buffer + panel * kStoreTokens * 128, feature + 64 * panel, token + chunk * kStoreTokens);
       }
       tma_store_commit();
     }
@@ -126,8 +125,8 @@ __device__ __forceinline__ void store_partial(uint32_t partial, int warpgroup, i
 // leaves it to the reduction kernel.
 // Called by the threads that multiply, after every block of the cluster has stored its sums.
 template <class C>
-__device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t partial, const WorkTile& tile,
-                                            int block_rank, int thread) {
+__device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t partial, const WorkTile& tile, int block_rank,
+                                            int thread) {
   const int token = tile.token;
   const int feature = tile.feature;
   constexpr int kPitch = C::kPartialPitch;

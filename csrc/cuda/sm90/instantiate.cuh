@@ -14,8 +14,8 @@ Kernel kernel_of() {
 
 }  // namespace marlin_qqq::cuda::sm90
 
-#define MARLIN_QQQ_INSTANTIATE_SM90(name)                                                                    \
-  template marlin_qqq::cuda::sm90::Kernel                                                                    \
-  marlin_qqq::cuda::sm90::kernel_of<marlin_qqq::plan::sm90_tile_index(name), false>();                       \
-  template marlin_qqq::cuda::sm90::Kernel                                                                    \
+#define MARLIN_QQQ_INSTANTIATE_SM90(name)                                              \
+  template marlin_qqq::cuda::sm90::Kernel                                              \
+  marlin_qqq::cuda::sm90::kernel_of<marlin_qqq::plan::sm90_tile_index(name), false>(); \
+  template marlin_qqq::cuda::sm90::Kernel                                              \
   marlin_qqq::cuda::sm90::kernel_of<marlin_qqq::plan::sm90_tile_index(name), true>();

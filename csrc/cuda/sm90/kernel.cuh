@@ -26,8 +26,7 @@ __device__ __forceinline__ void finish_partial(const Parameters& p, uint32_t sha
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
-    gemm_kernel(const __grid_constant__ Parameters p) {
+__global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(const __grid_constant__ Parameters p) {
   extern __shared__ uint8_t dynamic_shared_memory[];
   const uint32_t shared = (shared_address(dynamic_shared_memory) + 1023) & ~1023u;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);

@@ -13,8 +13,7 @@ namespace marlin_qqq::cuda::sm90 {
 namespace {
 
 template <int... kTileIndices>
-std::array<std::array<Kernel, 2>, sizeof...(kTileIndices)> make_kernels(
-    std::integer_sequence<int, kTileIndices...>) {
+std::array<std::array<Kernel, 2>, sizeof...(kTileIndices)> make_kernels(std::integer_sequence<int, kTileIndices...>) {
   return {{{kernel_of<kTileIndices, false>(), kernel_of<kTileIndices, true>()}...}};
 }
 
@@ -45,17 +44,17 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   cudaError_t error = encode_tensor_map(&p.activations, ElementType::kInt8, arguments.activations, tokens, inputs,
                                         tile.tokens / plan.multicast, 128, /*swizzle=*/true);
   if (error == cudaSuccess) {
-    error = encode_tensor_map(&p.weights, ElementType::kUInt32, arguments.packed_weight, inputs / 16, 2 * features,
-                              8, 256, /*swizzle=*/false);
+    error = encode_tensor_map(&p.weights, ElementType::kUInt32, arguments.packed_weight, inputs / 16, 2 * features, 8,
+                              256, /*swizzle=*/false);
   }
   if (error == cudaSuccess && grouped) {
-    error = encode_tensor_map(&p.group_scales, ElementType::kUInt16, arguments.group_scale, inputs / 128, features,
-                              1, 128, /*swizzle=*/false);
+    error = encode_tensor_map(&p.group_scales, ElementType::kUInt16, arguments.group_scale, inputs / 128, features, 1,
+                              128, /*swizzle=*/false);
   }
   const bool partial = tile.depth_split() || plan.split > 1 || plan.scratch_split > 1;
   if (error == cudaSuccess && !partial) {
-    error = encode_tensor_map(&p.output, ElementType::kUInt16, arguments.output, tokens, features,
-                              tile.store_tokens(), 64, /*swizzle=*/true);
+    error = encode_tensor_map(&p.output, ElementType::kUInt16, arguments.output, tokens, features, tile.store_tokens(),
+                              64, /*swizzle=*/true);
   }
   if (error == cudaSuccess) error = allow_shared_memory_of(plan.tile, grouped);
   if (error != cudaSuccess) return error;
@@ -81,8 +80,9 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
                            plan.split * plan.multicast, stream, p);
   if (error != cudaSuccess || plan.scratch_split == 1) return error;
 
-  const Reduction reduction = {p.scratch,        p.token_scale,          p.channel_scale, p.bias,         p.output_pointer,
-                               p.output_is_bfloat16, plan.scratch_split, p.num_tokens,    p.out_features};
+  const Reduction reduction = {p.scratch,        p.token_scale,        p.channel_scale,    p.bias,
+                               p.output_pointer, p.output_is_bfloat16, plan.scratch_split, p.num_tokens,
+                               p.out_features};
   const int64_t vectors = problem.num_tokens * problem.out_features / 4;
   return launch_dependent(reduce_kernel, divide_up(vectors, kReductionThreads), kReductionThreads, 0, 1, stream,
                           reduction);

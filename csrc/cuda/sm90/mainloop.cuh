@@ -112,8 +112,8 @@ __device__ __forceinline__ void load_activations(const Parameters& p, const Ring
   }
 }
 
-// The first fill of a ring, in one thread. Weights do not depend on the kernel before this one when the caller has promised
-// so; everything else has to wait for it. Returns the number of stages filled.
+// The first fill of a ring, in one thread. Weights do not depend on the kernel before this one when the caller has
+// promised so; everything else has to wait for it. Returns the number of stages filled.
 template <class C>
 __device__ __forceinline__ int fill_ring(const Parameters& p, const Ring<C>& ring, const WorkTile& tile,
                                          const Multicast& multicast) {
@@ -125,8 +125,8 @@ __device__ __forceinline__ int fill_ring(const Parameters& p, const Ring<C>& rin
   return filled;
 }
 
-// The thread that fills the ring of a block whose warpgroups share it. `next_tile(WorkTile&)` gives this block's tiles in
-// order, false after the last.
+// The thread that fills the ring of a block whose warpgroups share it. `next_tile(WorkTile&)` gives this block's tiles
+// in order, false after the last.
 template <class C, class NextTile>
 __device__ __forceinline__ void produce(const Parameters& p, const Ring<C>& ring, const Multicast& multicast,
                                         NextTile next_tile) {
@@ -147,8 +147,9 @@ __device__ __forceinline__ void produce(const Parameters& p, const Ring<C>& ring
 
 // ---- Consumers ------------------------------------------------------------------------------------------------------
 
-// A thread's view of the weights of a stage. The chunks of 16 features that a thread takes are neighbouring words of the
-// packed tile (docs/format.md), so one load of 4 * blocks bytes a packed row fetches the operands of all its products.
+// A thread's view of the weights of a stage. The chunks of 16 features that a thread takes are neighbouring words of
+// the packed tile (docs/format.md), so one load of 4 * blocks bytes a packed row fetches the operands of all its
+// products.
 template <class C>
 struct WeightReader {
   uint32_t weight_offset;  // of the thread's first word in a stage
@@ -250,8 +251,8 @@ __device__ __forceinline__ void dequantize_group(Operands<C>& operands, const Pa
   }
 }
 
-// Where this thread tells the producers that a stage has been read: thread `lane` of a warp tells block `lane` of those that
-// write into the stage.
+// Where this thread tells the producers that a stage has been read: thread `lane` of a warp tells block `lane` of those
+// that write into the stage.
 struct StageRelease {
   uint32_t first_empty_barrier;  // in the cluster's window
   bool tells;
@@ -268,8 +269,8 @@ __device__ __forceinline__ StageRelease stage_release(const Ring<C>& ring, int l
   return {cluster_address(ring.empty(0), multicast_first + (tells ? lane : 0)), tells};
 }
 
-// For a warpgroup that fills its own ring: one of its threads refills a stage as soon as it has been read. A product is done
-// for all warps of the warpgroup at once, and a warp issues it only when its own packed words have arrived.
+// For a warpgroup that fills its own ring: one of its threads refills a stage as soon as it has been read. A product is
+// done for all warps of the warpgroup at once, and a warp issues it only when its own packed words have arrived.
 template <class C>
 struct StageRefill {
   const Parameters& p;
@@ -287,8 +288,8 @@ struct StageRefill {
   }
 };
 
-// Sums of one tile. sums[j][4 * i + 2 * b + e]: feature chunk_feature(warp, lane / 8) + 16 * j + 8 * b + lane / 4 of the
-// warpgroup, token 8 * i + 2 * (lane % 4) + e.
+// Sums of one tile. sums[j][4 * i + 2 * b + e]: feature chunk_feature(warp, lane / 8) + 16 * j + 8 * b + lane / 4 of
+// the warpgroup, token 8 * i + 2 * (lane % 4) + e.
 //
 // Three things run at once: the tensor core multiplies group g, the dequantisation prepares g + 1, and shared memory
 // delivers the packed words of g + 2.
