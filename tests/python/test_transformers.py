@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from folders import FAMILIES, VOCABULARY, rewrite_config, rewrite_tensors, save_float_folder, tiny_model
-from transformers import AutoModel, AutoModelForCausalLM
+from torch._dynamo.utils import counters
+from transformers import AutoModel, AutoModelForCausalLM, CompileConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from marlin_qqq import QQQLinear, enable_transformers, quantize_model
@@ -224,19 +225,31 @@ def test_what_a_user_sees_who_forgets_the_import(
     assert type(AutoModelForCausalLM.from_pretrained(folder).get_submodule(LAYER)) is QQQLinear
 
 
+def test_compiled_decoding_without_graph_breaks(folder: Path) -> None:
+    """With a static cache generate compiles its decoding step; aot_eager traces as inductor does, in less time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    eager = model.generate(TOKENS, cache_implementation="static", **GREEDY)
+    configuration = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    configuration._compile_all_devices = True
+    counters.clear()
+    compiled = model.generate(TOKENS, cache_implementation="static", compile_config=configuration, **GREEDY)
+    assert torch.equal(compiled, eager)
+    assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
-def test_gpu_generation_equals_the_cpu(folder: Path, compiled: bool) -> None:
-    """Static cache, with torch.compile and CUDA graphs; every layer's output equals the CPU op's to the bit."""
-    cpu = load_quantized_model(folder)
-    gpu = load_quantized_model(folder, device="cuda")
-    x = torch.randn(5, 128, dtype=torch.float16)
+@pytest.mark.parametrize("group_size", [128, -1])
+def test_gpu_generation_equals_the_cpu(tmp_path: Path, group_size: int) -> None:
+    """Every layer's output equals the CPU op's to the bit; a compiled static cache with CUDA graphs changes nothing."""
+    write_checkpoint(quantize_model(tiny_model(), group_size), tmp_path / "q")
+    cpu = load_quantized_model(tmp_path / "q")
+    gpu = load_quantized_model(tmp_path / "q", device="cuda")
     for name, module in cpu.named_modules():
-        if isinstance(module, QQQLinear) and module.in_features == 128:
+        if isinstance(module, QQQLinear):
+            x = torch.randn(5, module.in_features, dtype=torch.float16)
             assert torch.equal(gpu.get_submodule(name)(x.cuda()).cpu(), module(x)), name
-    options = GREEDY | {"attention_mask": torch.ones_like(TOKENS).cuda()}
-    eager = gpu.generate(TOKENS.cuda(), **options)
-    if compiled:
-        gpu.forward = torch.compile(gpu.forward, mode="reduce-overhead", fullgraph=True)
-    static = gpu.generate(TOKENS.cuda(), cache_implementation="static", **options)
-    assert torch.equal(eager, static)
+    options = GREEDY | {"attention_mask": torch.ones_like(TOKENS).cuda(), "cache_implementation": "static"}
+    eager = gpu.generate(TOKENS.cuda(), disable_compile=True, **options)
+    compiled = gpu.generate(TOKENS.cuda(), compile_config=CompileConfig(fullgraph=True), **options)
+    assert torch.equal(eager, compiled)
+    assert torch.equal(gpu.generate(TOKENS.cuda(), compile_config=CompileConfig(fullgraph=True), **options), compiled)
