@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -226,6 +227,12 @@ class TestFolder:
         with pytest.raises(CheckpointError, match="not a regular file"):
             Checkpoint(tmp_path / "q")
 
+    def test_names_that_would_reach_a_terminal(self, tmp_path: Path) -> None:
+        make_folder(tmp_path / "q", -1)
+        rewrite_tensors(tmp_path / "q", {"a\x1b]0;owned\x07": torch.ones(1)})
+        with pytest.raises(CheckpointError, match=r"named 'a\\x1b.*printable"):
+            Checkpoint(tmp_path / "q")
+
     @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": None}])
     def test_index_without_a_map(self, tmp_path: Path, index: dict) -> None:
         self.sharded(tmp_path / "q")
@@ -256,6 +263,22 @@ class TestFolder:
         file.write_bytes(file.read_bytes()[:size])
         with pytest.raises(CheckpointError, match="not a valid safetensors file"):
             Checkpoint(tmp_path / "q")
+
+    def test_links_as_the_hub_cache_has_them(self, tmp_path: Path) -> None:
+        """A cache's snapshot is a folder of links to blobs beside it; what a link leads to must be a regular file."""
+        tensors = make_folder(tmp_path / "blobs", -1)
+        (tmp_path / "snapshot").mkdir()
+        for name in ("config.json", "model.safetensors"):
+            (tmp_path / "snapshot" / name).symlink_to(tmp_path / "blobs" / name)
+        assert torch.equal(Checkpoint(tmp_path / "snapshot").read(LAYER).weight.B, tensors[f"{LAYER}.B"])
+        (tmp_path / "snapshot" / "model.safetensors").unlink()
+        os.mkfifo(tmp_path / "snapshot" / "model.safetensors")  # opening it would wait for ever
+        with pytest.raises(CheckpointError, match="not a regular file"):
+            Checkpoint(tmp_path / "snapshot")
+        (tmp_path / "snapshot" / "config.json").unlink()
+        os.mkfifo(tmp_path / "snapshot" / "config.json")
+        with pytest.raises(CheckpointError, match="not a regular file"):
+            Checkpoint(tmp_path / "snapshot")
 
     def test_empty_folder_and_no_folder(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"no model\.safetensors and no"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,7 +113,8 @@ def test_dtypes(tmp_path: Path, stored: torch.dtype, wanted: str, expected: torc
     # Codes and scales come from the stored weight, not from a rounded one.
     weight = quantize_weight(model.get_submodule("model.layers.1.mlp.down_proj").weight, 128)
     assert torch.equal(written.read("model.layers.1.mlp.down_proj.B"), weight.B)
-    assert json.loads((tmp_path / "q" / "config.json").read_text())["dtype"] == str(expected).removeprefix("torch.")
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    assert [config["dtype"], config["torch_dtype"]] == 2 * [str(expected).removeprefix("torch.")]
     assert load_quantized_model(tmp_path / "q").dtype == expected
 
 
@@ -236,6 +239,12 @@ def test_nothing_is_overwritten(source: Path, tmp_path: Path) -> None:
     before = files_of(source)
     convert(source, tmp_path / "ok")
     assert files_of(source) == before
+
+
+def test_full_disk_is_refused_before_the_work(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(CheckpointError, match="1000 free"):
+        convert(source, tmp_path / "q", progress=interrupt_after(1))
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,26 @@ def test_verify_finds_problems(converted: Path, change: dict, message: str) -> N
     assert message in result.stderr and "1 problems" in result.stdout
 
 
+def test_names_are_not_taken_for_markup(source: Path) -> None:
+    rewrite_tensors(source, {"[/red]extra": torch.ones(1).half()})
+    assert run("convert", source, source.with_name("q"), "--no-clip").exit_code == 0
+    name = "[/bold]x"
+    weight = quantize_weight(torch.randn(64, 128), 128)
+    change = {f"{name}.{key}": value for key, value in weight._asdict().items()}
+    rewrite_tensors(source.with_name("q"), change | {f"{name}.s_group": weight.s_group * 1.5})
+    result = run("verify", source.with_name("q"))
+    assert name in result.stdout and f"{name} is quantised, but the model has no such layer" in result.stderr
+
+
+def test_interruption_says_how_to_go_on(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("marlin_qqq.convert.run_conversion", interrupt)
+    result = run("convert", source, source.with_name("q"))
+    assert result.exit_code == 130 and "q.partial" in result.stderr
+
+
 def test_verify_finds_another_architecture(converted: Path) -> None:
     rewrite_config(converted, intermediate_size=512)
     result = run("verify", converted)

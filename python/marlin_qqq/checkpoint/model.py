@@ -17,6 +17,7 @@ from marlin_qqq.checkpoint.tensors import TensorInfo
 from marlin_qqq.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     copy_side_files,
+    model_config,
     partial_directory,
     plan_shards,
     publish,
@@ -64,8 +65,8 @@ def write_checkpoint(
     """
     target = Path(directory)
     refuse_existing(target)
-    model_config = _config_dict(model, config, source)
-    tensors = _tensors_to_write(model, bool(model_config.get("tie_word_embeddings")))
+    source_config = _config_dict(model, config, source)
+    tensors = _tensors_to_write(model, bool(source_config.get("tie_word_embeddings")))
     settings = QuantizationSettings(
         group_size=_group_size_of(model) if group_size is None else group_size,
         modules_to_not_convert=modules_to_not_convert,
@@ -83,7 +84,7 @@ def write_checkpoint(
     write_index(partial, shards)
     if source is not None:
         copy_side_files(Path(source), partial)
-    write_json(partial / "config.json", model_config | {"quantization_config": settings.to_dict()})
+    write_json(partial / "config.json", model_config(source_config, None, settings.to_dict()))
     publish(partial, target)
     return target
 

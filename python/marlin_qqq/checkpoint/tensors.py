@@ -117,6 +117,8 @@ def read_header(file: Path) -> list[TensorInfo]:
     try:
         with safe_open(file, framework="pt", device="cpu") as handle:
             for name in handle.keys():  # noqa: SIM118 - not a mapping, `in handle` does not work
+                if not name.isprintable():  # it would reach terminals and logs
+                    raise CheckpointError(f"{file} holds a tensor named {name!r}; printable names are allowed")
                 view = handle.get_slice(name)
                 dtype = _DTYPES.get(str(view.get_dtype()))
                 if dtype is None:
@@ -138,7 +140,7 @@ def _read_weight_map(index_path: Path) -> dict[str, str]:
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index_path} maps {tensor} to {name!r}; only .safetensors files are read")
-        if name != os.path.basename(name) or "\\" in name or "\0" in name or name.startswith("."):
+        if name != os.path.basename(name) or "\\" in name or not name.isprintable() or name.startswith("."):
             raise CheckpointError(
                 f"{index_path} maps {tensor} to {name!r}, which is not a plain file name in the folder"
             )

@@ -69,6 +69,21 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     _replace(temporary, path)
 
 
+def model_config(
+    config: Mapping[str, Any], dtype: str | None, quantization_config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A config.json for loaders of all ages: Transformers 5 reads `dtype`, the original loaders read `torch_dtype`.
+
+    Args:
+        config: the model's configuration.
+        dtype: of the tensors that are not quantised, such as "float16"; None keeps what `config` says.
+        quantization_config: see `QuantizationSettings.to_dict`.
+    """
+    dtype = dtype or config.get("dtype") or config.get("torch_dtype")
+    names = {} if dtype is None else {"dtype": dtype, "torch_dtype": dtype}
+    return {**config, **names, "quantization_config": dict(quantization_config)}
+
+
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes one safetensors file atomically; tensors that share memory are written out separately."""
     contiguous: dict[str, torch.Tensor] = {}
@@ -104,6 +119,13 @@ def refuse_existing(directory: Path) -> None:
         raise CheckpointError(f"{directory} exists and is not a folder")
     if directory.is_dir() and any(directory.iterdir()):
         raise CheckpointError(f"{directory} exists and is not empty; nothing is overwritten: remove it or name another")
+
+
+def check_free_space(directory: Path, num_bytes: int) -> None:
+    """Refuses to begin what the disk cannot hold; the folder must exist."""
+    free = shutil.disk_usage(directory).free
+    if free < num_bytes:
+        raise CheckpointError(f"{directory} needs {num_bytes} bytes more, but its disk has {free} free")
 
 
 def publish(partial: Path, directory: Path) -> None:

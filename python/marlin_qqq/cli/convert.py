@@ -62,7 +62,12 @@ def command(
     if dry_run:
         typer.echo("dry run: nothing was written")
         return
-    _show_result(_run_with_bar(plan, restart, run_conversion))
+    try:
+        result = _run_with_bar(plan, restart, run_conversion)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: the same command goes on from {destination}.partial", err=True)
+        raise typer.Exit(130) from None
+    _show_result(result)
 
 
 def parse_size(text: str) -> int:
@@ -108,7 +113,7 @@ def _run_with_bar(plan: ConversionPlan, restart: bool, run) -> ConversionResult:
     from marlin_qqq.convert.run import peak_memory_bytes
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),

@@ -53,6 +53,7 @@ def command(
 
 def _show(report: VerificationReport, worst: int, compared: bool) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     repaired = [layer for layer in report.layers if layer.repaired_columns]
@@ -68,7 +69,7 @@ def _show(report: VerificationReport, worst: int, compared: bool) -> None:
         table.add_column("repaired columns", justify="right")
         for layer in shown:
             module = layer.module
-            row = [module.name, f"{module.out_features} x {module.in_features}", str(module.group_size)]
+            row = [escape(module.name), f"{module.out_features} x {module.in_features}", str(module.group_size)]
             if compared:
                 row += [f"{layer.relative_error:.4f}", f"{layer.max_error:.3g}"]
             table.add_row(*row, str(len(layer.repaired_columns)))

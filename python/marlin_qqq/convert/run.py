@@ -23,7 +23,9 @@ from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.tensors import read_header
 from marlin_qqq.checkpoint.writer import (
     Shard,
+    check_free_space,
     copy_side_files,
+    model_config,
     partial_directory,
     publish,
     refuse_existing,
@@ -77,6 +79,7 @@ def run_conversion(
     if restart and folder.exists():
         shutil.rmtree(folder)
     with _claim(folder, plan):
+        check_free_space(folder, plan.output_bytes - sum(file.stat().st_size for file in folder.iterdir()))
         producer = _Producer(plan, folder)
         resumed = 0
         for shard, written in zip(plan.shards, plan.written_shards(), strict=True):
@@ -95,7 +98,8 @@ def run_conversion(
             write_tensors(folder / written.file_name, tensors)
         write_index(folder, plan.written_shards())
         left_behind = copy_side_files(plan.source.directory, folder)
-        write_json(folder / "config.json", _model_config(plan))
+        dtype = str(plan.dtype).removeprefix("torch.")
+        write_json(folder / "config.json", model_config(plan.source.config, dtype, plan.settings.to_dict()))
         (folder / _STATE_FILE).unlink()
         publish(folder, plan.destination)
     return ConversionResult(
@@ -222,15 +226,6 @@ def _is_complete(file: Path, plan: ConversionPlan, shard: Shard) -> bool:
         return False
     found = {info.name: (info.dtype, info.shape) for info in read_header(file)}
     return found == plan.tensors_of(shard)
-
-
-def _model_config(plan: ConversionPlan) -> dict:
-    config = dict(plan.source.config)
-    name = str(plan.dtype).removeprefix("torch.")
-    # Transformers 5 writes "dtype", earlier versions and other loaders read "torch_dtype": whichever the source has.
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = name
-    config["quantization_config"] = plan.settings.to_dict()
-    return config
 
 
 @contextmanager
