@@ -17,7 +17,9 @@ namespace marlin_qqq::cpu {
 namespace {
 
 // Tokens that share one dequantised slice. More would only grow the sums: the cost of dequantising is lost in 512.
-constexpr int64_t kTokensPerTask = 512;
+constexpr int64_t kMostTokensPerTask = 512;
+// With fewer, dequantising the same weights in several tasks would cost more than idle threads.
+constexpr int64_t kFewestTokensPerTask = 64;
 // in_features of a slice: 64 columns of it are 32 KiB as bytes.
 constexpr int64_t kSlice = 512;
 // A streamed slice is never stored, only the number of rows in flight counts.
@@ -75,7 +77,9 @@ struct Gemm {
   // How to cut: enough tasks for every thread to have several, sums within kSumsBytes.
   int64_t plan_tasks(int num_threads) {
     const int64_t blocks = out_features / kBlockColumns;
-    tokens_per_task = std::min(num_tokens, kTokensPerTask);
+    // Tokens are cut evenly, and finer than a task's most where columns alone would leave threads idle.
+    const int64_t for_threads = std::min(ceil_div(2 * num_threads, blocks), num_tokens / kFewestTokensPerTask);
+    tokens_per_task = ceil_div(num_tokens, std::max(ceil_div(num_tokens, kMostTokensPerTask), for_threads));
     const int64_t token_tasks = ceil_div(num_tokens, tokens_per_task);
     const int64_t within_cache = kSumsBytes / (tokens_per_task * kBlockColumns * int64_t{sizeof(int32_t)});
     const int64_t for_balance = blocks * token_tasks / (int64_t{4} * num_threads);
