@@ -218,6 +218,7 @@ def test_what_a_user_sees_who_forgets_the_import(
     monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "qqq")
     monkeypatch.delitem(AUTO_QUANTIZER_MAPPING, "qqq")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="transformers")  # the demo turns them down for the whole process
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model.get_submodule(LAYER)) is torch.nn.Linear
     assert "Unknown quantization type, got qqq" in caplog.text and "MISSING" in caplog.text
