@@ -241,9 +241,9 @@ def test_compiled_decoding_without_graph_breaks(folder: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("group_size", [128, -1])
 def test_gpu_generation_equals_the_cpu(tmp_path: Path, group_size: int) -> None:
-    """Every layer's output equals the CPU op's to the bit. A compiled static cache with CUDA graphs gives the same tokens
-    every time, and only tokens that the eager model finds best or next to it: the compiler keeps norms in fp32 where
-    eager rounds to fp16, which may turn a near tie."""
+    """Every layer's output equals the CPU op's to the bit. A compiled static cache with CUDA graphs gives the same
+    tokens every time, and only tokens that the eager model finds best or next to it: the compiler keeps norms in fp32
+    where eager rounds to fp16, which may turn a near tie."""
     write_checkpoint(quantize_model(tiny_model(), group_size), tmp_path / "q")
     cpu = load_quantized_model(tmp_path / "q")
     gpu = load_quantized_model(tmp_path / "q", device="cuda")
