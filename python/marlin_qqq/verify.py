@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -117,8 +118,9 @@ def _architecture_problems(checkpoint: Checkpoint) -> list[str]:
         return [f"{directory} has no config.json, so no loader knows the model's architecture"]
     config = read_json_object(directory / "config.json")
     config.pop("quantization_config", None)
-    expected = linear_modules(build_empty_model(config, directory))
-    tied = {"lm_head"} if config.get("tie_word_embeddings") else set()
+    model = build_empty_model(config, directory)
+    expected = linear_modules(model)
+    head = model.get_output_embeddings()
     problems = [
         f"{name} is quantised, but the model has no such layer" for name in checkpoint.modules if name not in expected
     ]
@@ -132,6 +134,15 @@ def _architecture_problems(checkpoint: Checkpoint) -> list[str]:
                     f"{name} holds [{module.out_features}, {module.in_features}] weights, the model's layer has "
                     f"[{out_features}, {in_features}]"
                 )
-        elif f"{name}.weight" not in checkpoint.folder and name not in tied:
+        elif layer is head and (config.get("tie_word_embeddings") or _has_another_head(checkpoint, model)):
+            continue
+        elif f"{name}.weight" not in checkpoint.folder:
             problems.append(f"{name} is missing: neither {name}.B nor {name}.weight is in the folder")
     return problems
+
+
+def _has_another_head(checkpoint: Checkpoint, model: Any) -> bool:
+    """Whether a tensor besides the input embeddings can be the output embeddings: some families' files rename them."""
+    shape = tuple(model.get_output_embeddings().weight.shape)
+    found = [info for info in checkpoint.folder.tensors.values() if info.shape == shape]
+    return len(found) >= 2

@@ -121,6 +121,7 @@ def test_verify_reports_columns_to_repair(converted: Path) -> None:
         ({f"{LAYER}.s_channel": torch.full((1, 256), float("inf"))}, f"{LAYER}: s_channel holds 256"),
         ({"model.norm.weight": torch.full((128,), float("nan")).half()}, "model.norm.weight has 128 values"),
         ({f"{LAYER}.{key}": None for key in ("B", "s_channel", "s_group")}, f"{LAYER} is missing"),
+        ({"lm_head.weight": None}, "lm_head is missing"),
         ({"extra.B": torch.zeros(8, 128, dtype=torch.int32), "extra.s_channel": torch.ones(1, 64),
           "extra.s_group": torch.ones(1, 64).half()}, "the model has no such layer"),
     ],

@@ -17,6 +17,7 @@ from folders import (
     save_gptq_folder,
     tiny_model,
 )
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from marlin_qqq.checkpoint import Checkpoint, CheckpointError, TensorFolder, load_quantized_model
 from marlin_qqq.convert import convert
@@ -24,6 +25,7 @@ from marlin_qqq.convert.calibration import BlockwiseCalibration, calibration_tok
 from marlin_qqq.convert.source import open_source
 from marlin_qqq.packing import permute_channel_scale, permute_group_scale, unpermute_channel_scale
 from marlin_qqq.quantization import HessianAccumulator, dequantize_weight, quantize_weight
+from marlin_qqq.verify import verify_checkpoint
 
 TEXT = Path(__file__).read_text()
 
@@ -100,6 +102,19 @@ def test_calibration_that_is_refused(source: Path, tmp_path: Path, text: Path) -
     text.write_text(TEXT)
     with pytest.raises(CheckpointError, match="no tokenizer"):
         convert(source, tmp_path / "s", **gptq_options(text))
+
+
+def test_experts_are_rounded_around_and_refused_by_gptq(tmp_path: Path, text: Path) -> None:
+    """Transformers holds a layer's experts in one tensor, which is no linear layer: it stays as it is."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, head_dim=32, vocab_size=256, num_local_experts=2)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path / "moe")
+    byte_tokenizer().save_pretrained(tmp_path / "moe")
+    assert convert(tmp_path / "moe", tmp_path / "q").quantized_layers == 4
+    assert verify_checkpoint(tmp_path / "q", against=tmp_path / "moe").problems == ()
+    load_quantized_model(tmp_path / "q")
+    with pytest.raises(CheckpointError, match=r"mlp\..* is not in the files by that name"):
+        convert(tmp_path / "moe", tmp_path / "r", **gptq_options(text))
 
 
 @pytest.mark.parametrize("v2", [False, True])

@@ -181,6 +181,9 @@ class BlockwiseCalibration:
     def _load(self, prefix: str) -> None:
         for name, module in self.model.get_submodule(prefix).named_modules(prefix=prefix):
             self._load_own(name, module)
+        for name, parameter in self.model.get_submodule(prefix).named_parameters(prefix=prefix):
+            if parameter.is_meta:  # such as experts, which Transformers joins into one tensor
+                raise CheckpointError(f"{name} is not in the files by that name, so gptq cannot run its block; use rtn")
 
     def _load_own(self, prefix: str, module: torch.nn.Module) -> None:
         """Reads a module's own parameters and buffers, children not included, in fp32."""
