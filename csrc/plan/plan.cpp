@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <stdexcept>
 
+#include "format/limits.h"
 #include "plan/families.h"
 #include "plan/sm80_tiles.h"
 #include "plan/sm90_tiles.h"
@@ -16,13 +17,14 @@ void check(const Problem& p) {
     throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + "; allowed: " + allowed);
   };
   if (p.num_tokens < 0 || p.num_tokens > kLargestExtent) refuse("num_tokens", p.num_tokens, "0 to 2^30");
-  if (p.out_features < 0 || p.out_features > kLargestExtent || p.out_features % 64 != 0) {
+  if (!format::is_valid_out_features(p.out_features) || p.out_features > kLargestExtent) {
     refuse("out_features", p.out_features, "multiples of 64 up to 2^30");
   }
-  if (p.in_features < 0 || p.in_features >= 132104 || p.in_features % 128 != 0) {
+  if (!format::is_valid_in_features(p.in_features)) {
     refuse("in_features", p.in_features, "multiples of 128 below 132104 (larger sums would overflow int32)");
   }
-  if (p.group_size != -1 && p.group_size != 128) refuse("group_size", p.group_size, "128, or -1 for per-channel");
+  if (p.group_size != -1 && p.group_size != format::kGroupSize)
+    refuse("group_size", p.group_size, "128, or -1 for per-channel");
 }
 
 Family family_of(const DeviceProperties& device, Family wanted) {

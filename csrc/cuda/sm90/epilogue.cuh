@@ -10,7 +10,7 @@
 #include "cuda/common/output.cuh"
 #include "cuda/common/tma.cuh"
 #include "cuda/sm90/config.cuh"
-#include "cuda/sm90/mainloop.cuh"
+#include "cuda/sm90/copies.cuh"
 
 namespace marlin_qqq::cuda::sm90 {
 

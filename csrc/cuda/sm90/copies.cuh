@@ -1,0 +1,143 @@
+// Feeding the Hopper kernel: rings of shared-memory stages of 128 inputs, which the copy engine fills with activations,
+// packed weights and group scales, and the order in which a block walks its tiles. See docs/kernel-sm90.md.
+#pragma once
+
+#include "cuda/common/barrier.cuh"
+#include "cuda/common/dependent_launch.cuh"
+#include "cuda/common/tma.cuh"
+#include "cuda/sm90/config.cuh"
+
+namespace marlin_qqq::cuda::sm90 {
+
+// A place in the ring of stages, and the parity of its barriers' current phase.
+template <class C>
+struct RingPosition {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == C::kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// Shared-memory addresses of one ring of stages.
+template <class C>
+struct Ring {
+  uint32_t base;      // of its stages
+  uint32_t barriers;  // full, then empty, one a stage
+
+  static __device__ __forceinline__ Ring of(uint32_t shared, int ring) {
+    return {shared + C::kRingOffset + ring * C::kRingBytes, shared + C::kBarrierOffset + ring * 16 * C::kStages};
+  }
+  __device__ __forceinline__ uint32_t activations(int stage) const { return base + stage * C::kActivationBytes; }
+  __device__ __forceinline__ uint32_t weights(int stage) const {
+    return base + C::kWeightOffset + stage * C::kWeightBytes;
+  }
+  __device__ __forceinline__ uint32_t scales(int stage) const {
+    return base + C::kScaleOffset + stage * C::kScaleBytes;
+  }
+  __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 8 * stage; }
+  __device__ __forceinline__ uint32_t empty(int stage) const { return full(stage) + 8 * C::kStages; }
+};
+
+// The part of the product that one block works on.
+struct WorkTile {
+  int token;        // first token
+  int feature;      // first output feature of this block's tile
+  int stage_begin;  // first and past-the-last stage of inputs
+  int stage_end;
+  int scratch_rank;  // which of the clusters that share the tile
+};
+
+__device__ __forceinline__ WorkTile work_tile(const Parameters& p, int work, int block_rank, int tile_tokens,
+                                              int tile_features) {
+  const int per_slice = p.token_tiles * p.feature_groups;
+  const int scratch_rank = work / per_slice;
+  const int in_slice = work - scratch_rank * per_slice;
+  const int per_group = p.token_group * p.feature_groups;
+  const int group = in_slice / per_group;
+  const int in_group = in_slice - group * per_group;
+  const int group_tokens = min(p.token_group, p.token_tiles - group * p.token_group);
+  const int feature_group = in_group / group_tokens;
+  const int token_tile = group * p.token_group + in_group - feature_group * group_tokens;
+  const int cluster_rank = block_rank / p.multicast;
+  const int feature_tile = feature_group * p.multicast + block_rank - cluster_rank * p.multicast;
+  const int slices = p.split * p.scratch_split;
+  const int slice = scratch_rank * p.split + cluster_rank;
+  return {token_tile * tile_tokens, feature_tile * tile_features, p.stage_count * slice / slices,
+          p.stage_count * (slice + 1) / slices, scratch_rank};
+}
+
+template <class C>
+__device__ __forceinline__ void load_weights(const Parameters& p, const Ring<C>& ring, int stage, const WorkTile& tile,
+                                             int block) {
+  const uint32_t full = ring.full(stage);
+  barrier_arrive_expect(full, C::kStageBytes);
+#pragma unroll
+  for (int panel = 0; panel < C::kPanels; ++panel) {
+    tma_load(&p.weights, ring.weights(stage) + panel * (C::kWeightBytes / C::kPanels), full,
+             2 * (tile.feature + 128 * panel), 8 * block, kEvictFirst);
+    if constexpr (C::kGrouped) {
+      tma_load(&p.group_scales, ring.scales(stage) + panel * (C::kScaleBytes / C::kPanels), full,
+               tile.feature + 128 * panel, block, kEvictFirst);
+    }
+  }
+}
+
+// How a block shares the loading of activations with its neighbours in the cluster.
+struct Multicast {
+  int blocks;     // that share
+  int rank;       // of this block among them
+  int rows;       // tokens that each loads for all
+  uint16_t mask;  // of the blocks' ranks in the cluster
+};
+
+template <class C>
+__device__ __forceinline__ void load_activations(const Parameters& p, const Ring<C>& ring, int stage,
+                                                 const WorkTile& tile, int block, const Multicast& multicast) {
+  if (C::kDepthSplit || multicast.blocks == 1) {
+    tma_load(&p.activations, ring.activations(stage), ring.full(stage), 128 * block, tile.token, kEvictLast);
+  } else {
+    const int row = multicast.rank * multicast.rows;
+    tma_load_multicast(&p.activations, ring.activations(stage) + row * 128, ring.full(stage), 128 * block,
+                       tile.token + row, multicast.mask, kEvictLast);
+  }
+}
+
+// The first fill of a ring, in one thread. Weights do not depend on the kernel before this one when the caller has
+// promised so; everything else has to wait for it. Returns the number of stages filled.
+template <class C>
+__device__ __forceinline__ int fill_ring(const Parameters& p, const Ring<C>& ring, const WorkTile& tile,
+                                         const Multicast& multicast) {
+  const int filled = min(tile.stage_end - tile.stage_begin, C::kStages);
+  if (!p.constant_weights) wait_for_previous_kernel();
+  for (int i = 0; i < filled; ++i) load_weights<C>(p, ring, i, tile, tile.stage_begin + i);
+  if (p.constant_weights) wait_for_previous_kernel();
+  for (int i = 0; i < filled; ++i) load_activations<C>(p, ring, i, tile, tile.stage_begin + i, multicast);
+  return filled;
+}
+
+// The thread that fills the ring of a block whose warpgroups share it. `next_tile(WorkTile&)` gives this block's tiles
+// in order, false after the last.
+template <class C, class NextTile>
+__device__ __forceinline__ void produce(const Parameters& p, const Ring<C>& ring, const Multicast& multicast,
+                                        NextTile next_tile) {
+  WorkTile tile;
+  if (!next_tile(tile)) return;
+  const int filled = fill_ring<C>(p, ring, tile, multicast);
+  RingPosition<C> position = {filled % C::kStages, static_cast<uint32_t>(filled / C::kStages)};
+  int block = tile.stage_begin + filled;
+  do {
+    for (; block < tile.stage_end; ++block) {
+      barrier_wait(ring.empty(position.stage), position.phase ^ 1);
+      load_weights<C>(p, ring, position.stage, tile, block);
+      load_activations<C>(p, ring, position.stage, tile, block, multicast);
+      position.advance();
+    }
+  } while (next_tile(tile) && (block = tile.stage_begin, true));
+}
+
+}  // namespace marlin_qqq::cuda::sm90
