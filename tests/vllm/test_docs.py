@@ -44,7 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(command: str, folder: Path, port: int) -> Iterator[None]:
     """Runs `vllm serve ...` until the body is done; the body starts when the server answers."""
     with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen(command.split(), cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        names = dict(os.environ, VLLM_LOGGING_LEVEL="INFO")
+        process = subprocess.Popen(command.split(), cwd=folder, stdout=log, stderr=subprocess.STDOUT, env=names)
         try:
             deadline = time.monotonic() + 400
             while True:
