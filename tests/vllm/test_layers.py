@@ -67,7 +67,8 @@ def module(in_features: int, out_features: int, group_size: int, seed: int = 0, 
 def shard(source: QQQLinear, start: int, stop: int) -> QQQLinear:
     """Outputs start to stop of a module."""
     weight = QQQWeight(*(part.contiguous() for part in slice_out_features(source.quantized_weight(), start, stop)))
-    return QQQLinear.from_quantized(weight, None if source.bias is None else source.bias[start:stop])
+    bias = None if source.bias is None else source.bias[start:stop]
+    return QQQLinear.from_quantized(weight, bias, source.in_features, stop - start)
 
 
 def load(layer: LinearBase, source: QQQLinear, shard_id: str | int | None = None) -> None:
@@ -194,15 +195,22 @@ def test_whole_layer(as_rank, kind, group_size, dtype):
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_fused_qkv_with_shared_key_heads(as_rank, group_size, ranks):
+@pytest.mark.parametrize("in_features", [256, 160])  # 160: padded
+def test_fused_qkv_with_shared_key_heads(as_rank, group_size, ranks, in_features):
     heads, key_heads, size = 8, 2, 64
-    parts = {name: module(256, n * size, group_size, seed=i, bias=True)
+    parts = {name: module(in_features, n * size, group_size, seed=i, bias=True)
              for i, (name, n) in enumerate({"q": heads, "k": key_heads, "v": key_heads}.items())}  # fmt: skip
-    x = activations(3, 256)
+    x = activations(3, in_features)
     for rank in range(ranks):
         as_rank(rank, ranks)
         layer = QKVParallelLinear(
-            256, size, heads, key_heads, params_dtype=torch.float16, quant_config=config(group_size), prefix="qkv_proj"
+            in_features,
+            size,
+            heads,
+            key_heads,
+            params_dtype=torch.float16,
+            quant_config=config(group_size),
+            prefix="qkv_proj",
         )
         assert layer.B.weight_loader.__name__ == "weight_loader_v2"
         assert layer.s_channel.weight_loader.__name__ == "weight_loader_v2"
