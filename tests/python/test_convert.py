@@ -19,23 +19,9 @@ from marlin_qqq.checkpoint.writer import partial_directory
 from marlin_qqq.convert import ConversionOptions, ConversionPlan, convert, plan_conversion, run_conversion
 from marlin_qqq.quantization import quantize_weight
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.arange(40)[None] * 5 % VOCABULARY
 TEXT = Path(__file__).read_text()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are so small that a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    save_float_folder(tmp_path / "float")
-    return tmp_path / "float"
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import rewrite_config, rewrite_tensors, save_float_folder
+from folders import rewrite_config, rewrite_tensors
 from typer.testing import CliRunner, Result
 
 from marlin_qqq.checkpoint import Checkpoint
@@ -15,22 +15,8 @@ from marlin_qqq.cli.app import app
 from marlin_qqq.cli.convert import format_bytes, parse_size
 from marlin_qqq.quantization import quantize_weight
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYER = "model.layers.0.mlp.up_proj"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are so small that a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    save_float_folder(tmp_path / "float")
-    return tmp_path / "float"
 
 
 @pytest.fixture

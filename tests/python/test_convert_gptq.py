@@ -27,22 +27,8 @@ from marlin_qqq.packing import permute_channel_scale, permute_group_scale, unper
 from marlin_qqq.quantization import HessianAccumulator, dequantize_weight, quantize_weight
 from marlin_qqq.verify import verify_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = Path(__file__).read_text()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are so small that a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    save_float_folder(tmp_path / "float")
-    return tmp_path / "float"
 
 
 @pytest.fixture

@@ -8,10 +8,6 @@
 
 namespace marlin_qqq::cuda {
 
-__device__ __forceinline__ void tma_prefetch_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // Cache hints (createpolicy encodings that CUTLASS and Triton use as constants too): weights are read once, activations
 // by every block.
 constexpr uint64_t kEvictFirst = 0x12f0000000000000ull;

@@ -15,13 +15,8 @@ namespace {
 constexpr int kMaxThreads = 1024;
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 
-// The bits of |x| as fp32, which order like the numbers do, infinities and then NaNs above all.
-template <class T>
-__device__ __forceinline__ float to_float(T x) {
-  return static_cast<float>(x);
-}
-
-// Elements of 16 bytes: their largest |x| in fp32 bits, and their values.
+// Elements of 16 bytes: their largest |x| in fp32 bits, which order like the numbers do, infinities and then NaNs above
+// all; and their values.
 template <class T>
 struct Vector;
 
@@ -175,14 +170,14 @@ __global__ void __launch_bounds__(256) quantize_rows_of_any_shape(const T* x, in
   const T* row = x + token * row_stride;
   uint32_t largest = 0;
   for (int64_t i = threadIdx.x; i < in_features; i += blockDim.x) {
-    largest = max(largest, __float_as_uint(to_float(row[i])) & 0x7fffffffu);
+    largest = max(largest, __float_as_uint(static_cast<float>(row[i])) & 0x7fffffffu);
   }
   const RowScale scale = row_scale(row_maximum(largest));
   if (threadIdx.x == 0) token_scale[token] = scale.scale;
   const bool finite = scale.scale == scale.scale;
   for (int64_t i = threadIdx.x; i < in_features; i += blockDim.x) {
     quantized[token * in_features + i] =
-        finite ? static_cast<int8_t>(quantized_bits(to_float(row[i]), scale.inverse)) : int8_t{0};
+        finite ? static_cast<int8_t>(quantized_bits(static_cast<float>(row[i]), scale.inverse)) : int8_t{0};
   }
 }
 
