@@ -4,11 +4,17 @@
 #include <vector>
 
 #include "plan/plan.h"
+#include "plan/sm90_model.h"
 
 namespace marlin_qqq::plan {
 
 std::vector<Plan> sm80_candidates(const Problem& problem, const DeviceProperties& device);
 std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties& device);
+
+// What a fit of the model needs: candidates ranked by other constants, and one candidate's time by them.
+std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties& device, const Sm90Model& model);
+double sm90_estimated_us(const Problem& problem, const DeviceProperties& device, const Plan& plan,
+                         const Sm90Model& model);
 
 // The largest problem the kernels' 32-bit coordinates take.
 inline constexpr int64_t kLargestExtent = int64_t{1} << 30;

@@ -3,10 +3,13 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "plan/families.h"
 
 namespace marlin_qqq {
 namespace {
@@ -199,6 +202,39 @@ TEST(Plan, TileTableHasDistinctNames) {
     EXPECT_GT(row.tile_features, 0);
   }
   EXPECT_GE(names.size(), 2u);
+}
+
+// A few problems that between them have every kind of tile, split and mode among their candidates.
+constexpr Problem kModelProblems[] = {{1, 4096, 4096, -1}, {64, 8192, 21760, 128}, {2048, 4096, 14336, -1}};
+
+TEST(Sm90Model, ItsDefaultValuesAreThePlanners) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  for (const Problem& problem : kModelProblems) {
+    const std::vector<Plan> plans = plan::sm90_candidates(problem, device);
+    const std::vector<Plan> again = plan::sm90_candidates(problem, device, plan::Sm90Model{});
+    ASSERT_EQ(plans.size(), again.size());
+    for (size_t i = 0; i < plans.size(); ++i) {
+      EXPECT_EQ(plan::to_string(plans[i]), plan::to_string(again[i]));
+      EXPECT_EQ(plans[i].estimated_us, plan::sm90_estimated_us(problem, device, plans[i], plan::kSm90Model));
+    }
+  }
+}
+
+TEST(Sm90Model, EveryConstantMovesATime) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  for (const plan::Sm90Constant& constant : plan::kSm90Constants) {
+    plan::Sm90Model model;
+    model.*constant.value *= 2;
+    bool moved = false;
+    for (const Problem& problem : kModelProblems) {
+      for (const Plan& candidate : plan::sm90_candidates(problem, device)) {
+        const double us = plan::sm90_estimated_us(problem, device, candidate, model);
+        EXPECT_TRUE(std::isfinite(us) && us > 0) << constant.name;
+        moved = moved || us != candidate.estimated_us;
+      }
+    }
+    EXPECT_TRUE(moved) << constant.name;
+  }
 }
 
 }  // namespace

@@ -1,0 +1,88 @@
+// The constants of the Hopper planner's cost model (sm90_candidates.cpp), fitted to measured times. To fit them to
+// another GPU: benchmarks/tune_planner.py, which rewrites the values below and the line that says where they come from.
+#pragma once
+
+namespace marlin_qqq::plan {
+
+// Cycles are of the device's nominal clock; a rate is a multiprocessor's unless it says otherwise.
+// Fitted on NVIDIA H200: 1,100 candidates.
+struct Sm90Model {
+  // int8 products of wgmma, a cycle
+  double macs_per_cycle = 3880;
+  // bytes from L2 into shared memory, a cycle
+  double feed_bytes_per_cycle = 80;
+  // cycles that dequantise an output feature's 128 inputs, per-channel and with group scales
+  double channel_dequant_cycles = 0.94;
+  double group_dequant_cycles = 4.1;
+  // order of the norm that joins these three: how well the units overlap, the larger, the better
+  double unit_norm = 1.9;
+
+  // cycles that a ring's stage takes at least, however idle the multiprocessor is
+  double channel_stage_latency = 230;
+  double group_stage_latency = 570;
+  // and more of them for every token and 64 features of the tile
+  double stage_latency_per_token = 0.46;
+  // order of the norm that joins the stages' latency with the units' work
+  double latency_norm = 2.07;
+
+  // cycles of a launch: first bytes to arrive, barriers, the last store
+  double launch_cycles = 5000;
+  // cycles that reduce a cluster of two blocks, and for every further block
+  double cluster_reduction_cycles = 2400;
+  double cluster_reduction_per_block = 540;
+  // cycles that reduce within a block
+  double block_reduction_cycles = 200;
+  // bytes of partial sums read, a cycle
+  double reduction_bytes_per_cycle = 163;
+  // outputs of the last tile that are stored, a cycle
+  double epilogue_outputs_per_cycle = 200;
+  // cycles between a block's tiles
+  double wave_cycles = 1500;
+  // microseconds of the second, dependent launch that adds the sums in scratch
+  double reduction_kernel_us = 0.41;
+  // bytes of such sums written and read in L2 by the whole GPU, a microsecond
+  double scratch_bytes_per_us = 4.5e6;
+  // part of its time that a block waits for each neighbour it shares activations with
+  double multicast_penalty = 0.044;
+
+  // part of the memory bus's rate that a product reaches
+  double bandwidth_fraction = 0.717;
+  // order of the norm that joins the bytes' time with the multiprocessors'
+  double bandwidth_norm = 4;
+};
+
+inline constexpr Sm90Model kSm90Model{};
+
+// Every constant by its name, for the fit.
+struct Sm90Constant {
+  const char* name;
+  double Sm90Model::*value;
+};
+
+inline constexpr Sm90Constant kSm90Constants[] = {
+    {"macs_per_cycle", &Sm90Model::macs_per_cycle},
+    {"feed_bytes_per_cycle", &Sm90Model::feed_bytes_per_cycle},
+    {"channel_dequant_cycles", &Sm90Model::channel_dequant_cycles},
+    {"group_dequant_cycles", &Sm90Model::group_dequant_cycles},
+    {"unit_norm", &Sm90Model::unit_norm},
+    {"channel_stage_latency", &Sm90Model::channel_stage_latency},
+    {"group_stage_latency", &Sm90Model::group_stage_latency},
+    {"stage_latency_per_token", &Sm90Model::stage_latency_per_token},
+    {"latency_norm", &Sm90Model::latency_norm},
+    {"launch_cycles", &Sm90Model::launch_cycles},
+    {"cluster_reduction_cycles", &Sm90Model::cluster_reduction_cycles},
+    {"cluster_reduction_per_block", &Sm90Model::cluster_reduction_per_block},
+    {"block_reduction_cycles", &Sm90Model::block_reduction_cycles},
+    {"reduction_bytes_per_cycle", &Sm90Model::reduction_bytes_per_cycle},
+    {"epilogue_outputs_per_cycle", &Sm90Model::epilogue_outputs_per_cycle},
+    {"wave_cycles", &Sm90Model::wave_cycles},
+    {"reduction_kernel_us", &Sm90Model::reduction_kernel_us},
+    {"scratch_bytes_per_us", &Sm90Model::scratch_bytes_per_us},
+    {"multicast_penalty", &Sm90Model::multicast_penalty},
+    {"bandwidth_fraction", &Sm90Model::bandwidth_fraction},
+    {"bandwidth_norm", &Sm90Model::bandwidth_norm},
+};
+static_assert(sizeof(Sm90Model) == sizeof(double) * (sizeof(kSm90Constants) / sizeof(kSm90Constants[0])),
+              "a constant without its name");
+
+}  // namespace marlin_qqq::plan
