@@ -57,16 +57,18 @@ std::vector<Plan> candidates(const Problem& problem, const DeviceProperties& dev
 
 Plan make_plan(const Problem& problem, const DeviceProperties& device, const std::string& tile_override,
                int split_override, Family family_override) {
+  if (tile_override == "list") throw std::invalid_argument(list_candidates(problem, device, family_override));
   // A tile's name says its family.
   if (!tile_override.empty() && family_override == Family::kNone) {
+    const std::string tile_name = tile_override.substr(0, tile_override.find('/'));
     for (const TileDescription& row : tile_table()) {
-      if (row.name == tile_override) family_override = row.family;
+      if (row.name == tile_name) family_override = row.family;
     }
   }
   const std::vector<Plan> plans = candidates(problem, device, family_override);
   if (problem.num_tokens == 0 || problem.out_features == 0 || problem.in_features == 0) return {};
   for (const Plan& plan : plans) {
-    if (!tile_override.empty() && plan.tile_name != tile_override) continue;
+    if (!tile_override.empty() && plan.tile_name != tile_override && candidate_name(plan) != tile_override) continue;
     if (split_override != 0 && plan.split * plan.scratch_split != split_override) continue;
     return plan;
   }
@@ -75,6 +77,19 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const std
                               std::to_string(problem.out_features) + ", in_features " +
                               std::to_string(problem.in_features) + " on compute capability " +
                               std::to_string(device.compute_capability) + "; see tile_table()");
+}
+
+std::string candidate_name(const Plan& plan) {
+  return plan.tile_name + "/" + std::to_string(plan.split) + "x" + std::to_string(plan.scratch_split) + "/" +
+         std::to_string(plan.multicast);
+}
+
+std::string list_candidates(const Problem& problem, const DeviceProperties& device, Family family_override) {
+  std::string text = "device " + to_string(device) + "\n";
+  for (const Plan& plan : candidates(problem, device, family_override)) {
+    text += "candidate " + candidate_name(plan) + " " + to_string(plan) + "\n";
+  }
+  return text;
 }
 
 std::vector<TileDescription> tile_table() {
@@ -116,6 +131,19 @@ std::string to_string(const Plan& plan) {
       plan.scratch_split, plan.multicast, plan.grid, plan.threads, plan.shared_memory_bytes,
       static_cast<long long>(plan.scratch_bytes), plan.estimated_us);
   return text;
+}
+
+std::string to_string(const DeviceProperties& device) {
+  char text[256];
+  std::snprintf(text, sizeof(text),
+                "compute_capability=%d num_sms=%d l2_bytes=%lld shared_memory_per_block=%d memory_gb_per_s=%.17g "
+                "clock_ghz=%.17g clusters=",
+                device.compute_capability, device.num_sms, static_cast<long long>(device.l2_bytes),
+                device.shared_memory_per_block, device.memory_gb_per_s, device.clock_ghz);
+  std::string line = text;
+  for (const int clusters : device.clusters) line += std::to_string(clusters) + ",";
+  line.pop_back();
+  return line;
 }
 
 }  // namespace marlin_qqq::plan

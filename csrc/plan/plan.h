@@ -59,9 +59,10 @@ struct TileDescription {
   int threads;
 };
 
-// Picks the launch. `tile_override` (may be empty) forces a row of the table by name, `split_override` (0: none) the
-// split; both raise std::invalid_argument when the row does not exist or cannot run this problem.
-// `family_override`: kNone lets the device decide.
+// Picks the launch. `tile_override` (may be empty) forces a row of the table by name or one candidate by its
+// candidate_name(), `split_override` (0: none) the split; both raise std::invalid_argument when there is none such for
+// this problem. `family_override`: kNone lets the device decide. The tile "list" raises too, with list_candidates():
+// that is how the op, whose only answer is a product, tells a program what it could launch.
 Plan make_plan(const Problem& problem, const DeviceProperties& device, const std::string& tile_override = "",
                int split_override = 0, Family family_override = Family::kNone);
 
@@ -69,13 +70,21 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const std
 std::vector<Plan> candidates(const Problem& problem, const DeviceProperties& device,
                              Family family_override = Family::kNone);
 
+// A candidate among those of its problem: "TILE/SPLITxSCRATCH_SPLIT/MULTICAST", for example "deep256/1x3/2".
+std::string candidate_name(const Plan& plan);
+
+// The device, and a line for every candidate with its name, best first. Read by marlin_qqq.bench.tune.
+std::string list_candidates(const Problem& problem, const DeviceProperties& device,
+                            Family family_override = Family::kNone);
+
 std::vector<TileDescription> tile_table();
 
 // Properties of a named architecture, so that plans can be looked at without a GPU: "sm_80" (A100), "sm_86", "sm_89",
 // "sm_90" (H100/H200), "sm_120". Raises std::invalid_argument for other names.
 DeviceProperties reference_device(const std::string& architecture);
 
-const char* family_name(Family family);   // "none", "sm80", "sm90"
-std::string to_string(const Plan& plan);  // one line
+const char* family_name(Family family);                 // "none", "sm80", "sm90"
+std::string to_string(const Plan& plan);                // one line
+std::string to_string(const DeviceProperties& device);  // "compute_capability=90 num_sms=132 ...", nothing rounded
 
 }  // namespace marlin_qqq::plan

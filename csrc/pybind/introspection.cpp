@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+#include <map>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -10,6 +13,7 @@
 
 #include "cpu/kernels.h"
 #include "format/limits.h"
+#include "plan/families.h"
 #include "plan/plan.h"
 
 namespace py = pybind11;
@@ -84,6 +88,77 @@ std::vector<plan::Plan> candidates(int64_t num_tokens, int64_t out_features, int
                           plan::reference_device(device), family_of(family));
 }
 
+std::map<std::string, double> sm90_model() {
+  std::map<std::string, double> values;
+  for (const plan::Sm90Constant& constant : plan::kSm90Constants) {
+    values[constant.name] = plan::kSm90Model.*constant.value;
+  }
+  return values;
+}
+
+// The default model with some constants replaced.
+plan::Sm90Model sm90_model_with(const std::map<std::string, double>& values) {
+  plan::Sm90Model model;
+  size_t used = 0;
+  for (const plan::Sm90Constant& constant : plan::kSm90Constants) {
+    const auto entry = values.find(constant.name);
+    if (entry == values.end()) continue;
+    model.*constant.value = entry->second;
+    ++used;
+  }
+  if (used != values.size()) refuse("a constant that sm90_model() does not have");
+  return model;
+}
+
+std::vector<plan::Plan> sm90_candidates(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
+                                        const plan::DeviceProperties& device,
+                                        const std::map<std::string, double>& model) {
+  std::vector<plan::Plan> plans = plan::sm90_candidates(
+      checked_problem(num_tokens, out_features, in_features, group_size), device, sm90_model_with(model));
+  std::stable_sort(plans.begin(), plans.end(),
+                   [](const plan::Plan& a, const plan::Plan& b) { return a.estimated_us < b.estimated_us; });
+  return plans;
+}
+
+// Candidates of many problems, whose times one call estimates: what a fit does thousands of times.
+class Sm90Estimator {
+ public:
+  // Adds candidates of a problem by their names. Returns their texts; "": no such candidate, not added.
+  std::vector<std::string> add(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
+                               const plan::DeviceProperties& device, const std::vector<std::string>& names) {
+    const plan::Problem problem = checked_problem(num_tokens, out_features, in_features, group_size);
+    std::map<std::string, plan::Plan> plans;
+    for (const plan::Plan& plan : plan::sm90_candidates(problem, device)) plans[plan::candidate_name(plan)] = plan;
+    std::vector<std::string> texts;
+    for (const std::string& name : names) {
+      const auto entry = plans.find(name);
+      texts.push_back(entry == plans.end() ? "" : plan::to_string(entry->second));
+      if (entry != plans.end()) points_.push_back({problem, device, entry->second});
+    }
+    return texts;
+  }
+
+  // Microseconds of every candidate added, in that order.
+  std::vector<double> estimate(const std::map<std::string, double>& values) const {
+    const plan::Sm90Model model = sm90_model_with(values);
+    std::vector<double> times;
+    times.reserve(points_.size());
+    for (const Point& point : points_) {
+      times.push_back(plan::sm90_estimated_us(point.problem, point.device, point.plan, model));
+    }
+    return times;
+  }
+
+ private:
+  struct Point {
+    plan::Problem problem;
+    plan::DeviceProperties device;
+    plan::Plan plan;
+  };
+
+  std::vector<Point> points_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_introspection, module) {
@@ -91,6 +166,7 @@ PYBIND11_MODULE(_introspection, module) {
 
   py::class_<plan::Plan>(module, "Plan", "A launch, fully decided.")
       .def_property_readonly("family", [](const plan::Plan& plan) { return plan::family_name(plan.family); })
+      .def_property_readonly("name", &plan::candidate_name, "as MARLIN_QQQ_TILE and plan(tile=...) take it")
       .def_readonly("tile", &plan::Plan::tile, "index into the family's tile table")
       .def_readonly("tile_name", &plan::Plan::tile_name)
       .def_readonly("tile_tokens", &plan::Plan::tile_tokens)
@@ -125,12 +201,33 @@ PYBIND11_MODULE(_introspection, module) {
       .def_readonly("cpu_instruction_set", &BuildInfo::cpu_instruction_set)
       .def("__repr__", [](const BuildInfo& info) { return to_string(info); });
 
+  py::class_<plan::DeviceProperties>(module, "DeviceProperties", "What the planner knows of a GPU.")
+      .def(py::init([](int compute_capability, int num_sms, int64_t l2_bytes, int shared_memory_per_block,
+                       double memory_gb_per_s, double clock_ghz, const std::array<int, 8>& clusters) {
+             return plan::DeviceProperties{compute_capability, num_sms,   l2_bytes, shared_memory_per_block,
+                                           memory_gb_per_s,    clock_ghz, clusters};
+           }),
+           py::kw_only(), py::arg("compute_capability"), py::arg("num_sms"), py::arg("l2_bytes"),
+           py::arg("shared_memory_per_block"), py::arg("memory_gb_per_s"), py::arg("clock_ghz"), py::arg("clusters"))
+      .def("__repr__", [](const plan::DeviceProperties& device) { return plan::to_string(device); });
+
+  py::class_<Sm90Estimator>(module, "Sm90Estimator", "Candidates of many problems, whose times one call estimates.")
+      .def(py::init<>())
+      .def("add", &Sm90Estimator::add, py::arg("num_tokens"), py::arg("out_features"), py::arg("in_features"),
+           py::arg("group_size"), py::arg("device"), py::arg("names"))
+      .def("estimate", &Sm90Estimator::estimate, py::arg("model"));
+
   module.def("plan", &make_plan, py::arg("num_tokens"), py::arg("out_features"), py::arg("in_features"),
              py::arg("group_size") = 128, py::arg("device") = "sm_90", py::arg("tile") = "", py::arg("split") = 0,
              py::arg("family") = "");
   module.def("candidates", &candidates, py::arg("num_tokens"), py::arg("out_features"), py::arg("in_features"),
              py::arg("group_size") = 128, py::arg("device") = "sm_90", py::arg("family") = "");
   module.def("tile_table", &plan::tile_table);
+  module.def("reference_device", &plan::reference_device, py::arg("architecture"));
+  module.def("sm90_model", &sm90_model, "the Hopper cost model's constants (csrc/plan/sm90_model.h)");
+  module.def("sm90_candidates", &sm90_candidates, py::arg("num_tokens"), py::arg("out_features"),
+             py::arg("in_features"), py::arg("group_size"), py::arg("device"), py::arg("model"),
+             "candidates by a model whose constants are replaced by those in the dictionary, best first");
   module.def("build_info", [] { return BuildInfo{}; });
 }
 

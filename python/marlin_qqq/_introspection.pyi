@@ -1,6 +1,8 @@
 # Types of the pybind11 module (csrc/pybind/introspection.cpp).
 class Plan:
     @property
+    def name(self) -> str: ...
+    @property
     def family(self) -> str: ...
     @property
     def tile(self) -> int: ...
@@ -59,6 +61,31 @@ class BuildInfo:
     @property
     def cpu_instruction_set(self) -> str: ...
 
+class DeviceProperties:
+    def __init__(
+        self,
+        *,
+        compute_capability: int,
+        num_sms: int,
+        l2_bytes: int,
+        shared_memory_per_block: int,
+        memory_gb_per_s: float,
+        clock_ghz: float,
+        clusters: list[int],
+    ) -> None: ...
+
+class Sm90Estimator:
+    def add(
+        self,
+        num_tokens: int,
+        out_features: int,
+        in_features: int,
+        group_size: int,
+        device: DeviceProperties,
+        names: list[str],
+    ) -> list[str]: ...
+    def estimate(self, model: dict[str, float]) -> list[float]: ...
+
 def plan(
     num_tokens: int,
     out_features: int,
@@ -78,4 +105,14 @@ def candidates(
     family: str = "",
 ) -> list[Plan]: ...
 def tile_table() -> list[TileDescription]: ...
+def reference_device(architecture: str) -> DeviceProperties: ...
+def sm90_model() -> dict[str, float]: ...
+def sm90_candidates(
+    num_tokens: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    device: DeviceProperties,
+    model: dict[str, float],
+) -> list[Plan]: ...
 def build_info() -> BuildInfo: ...

@@ -39,8 +39,9 @@ def plan(
         in_features: a positive multiple of 128, below 132104.
         group_size: 128, or -1 for per-channel weights.
         device: ``"sm_80"`` (A100), ``"sm_86"``, ``"sm_89"``, ``"sm_90"`` (H100, H200) or ``"sm_120"``.
-        overrides: ``tile`` (a name from :func:`tile_table`), ``split`` and ``family`` (``"sm80"``, ``"sm90"``), as the
-            environment variables ``MARLIN_QQQ_TILE``, ``MARLIN_QQQ_SPLIT`` and ``MARLIN_QQQ_FAMILY``.
+        overrides: ``tile`` (a name from :func:`tile_table` or a plan's ``name``), ``split`` and ``family``
+            (``"sm80"``, ``"sm90"``), as the environment variables ``MARLIN_QQQ_TILE``, ``MARLIN_QQQ_SPLIT`` and
+            ``MARLIN_QQQ_FAMILY``.
 
     Returns:
         A :class:`Plan` whose fields can be read and printed.

@@ -2,9 +2,9 @@
 
 ``torch.ops.marlin_qqq.*`` are the ops themselves; the functions here only forward to them. What the numbers are, to
 the bit: docs/format.md. Environment variables that force a CUDA kernel's tile, read on every call:
-``MARLIN_QQQ_TILE`` (a name from :func:`marlin_qqq.tile_table`), ``MARLIN_QQQ_SPLIT`` (blocks that share an output
-tile), ``MARLIN_QQQ_FAMILY`` (``sm80`` or ``sm90``), ``MARLIN_QQQ_CANDIDATE`` (from 0: one of the planner's candidates,
-best first). None of them changes a result.
+``MARLIN_QQQ_TILE`` (a name from :func:`marlin_qqq.tile_table`, or a plan's ``name``), ``MARLIN_QQQ_SPLIT`` (blocks
+that share an output tile), ``MARLIN_QQQ_FAMILY`` (``sm80`` or ``sm90``), ``MARLIN_QQQ_CANDIDATE`` (from 0: one of the
+planner's candidates, best first). None of them changes a result.
 """
 
 from __future__ import annotations

@@ -130,6 +130,17 @@ TEST_P(EveryArchitecture, OverridesAreObeyed) {
   }
 }
 
+TEST_P(EveryArchitecture, ACandidatesNameForcesItAndNoOther) {
+  const DeviceProperties device = plan::reference_device(GetParam());
+  const Problem problem{300, 4096, 4096, -1};
+  std::set<std::string> names;
+  for (const Plan& candidate : plan::candidates(problem, device)) {
+    const std::string name = plan::candidate_name(candidate);
+    EXPECT_TRUE(names.insert(name).second) << name;
+    EXPECT_EQ(plan::to_string(plan::make_plan(problem, device, name)), plan::to_string(candidate));
+  }
+}
+
 // The text of the error that `call` raises; empty if it raises none.
 template <typename Call>
 std::string refusal(Call call) {
@@ -148,6 +159,22 @@ TEST_P(EveryArchitecture, OverridesThatCannotRunAreRefusedByName) {
   EXPECT_NE(refusal([&] { plan::make_plan(problem, device, "", 12345); }).find("12345"), std::string::npos);
   if (device.compute_capability != 90) {
     EXPECT_NE(refusal([&] { plan::make_plan(problem, device, "", 0, Family::kSm90); }), "");
+  }
+}
+
+TEST(Plan, TheTileListTellsTheDeviceAndEveryCandidate) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  const Problem problem{16, 4096, 4096, 128};
+  const std::string text = refusal([&] { plan::make_plan(problem, device, "list"); });
+  EXPECT_EQ(text.find("device compute_capability=90 num_sms=132 l2_bytes=62914560 shared_memory_per_block=232448 "
+                      "memory_gb_per_s=4814 clock_ghz=1.98 clusters=132,66,39,30,22,17,15,15\n"),
+            0u)
+      << text;
+  size_t from = 0;
+  for (const Plan& candidate : plan::candidates(problem, device)) {
+    const std::string line = "\ncandidate " + plan::candidate_name(candidate) + " " + plan::to_string(candidate) + "\n";
+    from = text.find(line, from);
+    ASSERT_NE(from, std::string::npos) << line;
   }
 }
 
