@@ -9,6 +9,7 @@ import reference
 import torch
 
 from marlin_qqq import marlin_qqq_gemm
+from marlin_qqq.bench.tune import ask_candidates
 
 pytestmark = pytest.mark.gpu
 
@@ -40,6 +41,21 @@ def test_every_candidate(monkeypatch, family, group_size, out_dtype, num_tokens,
         monkeypatch.setenv("MARLIN_QQQ_CANDIDATE", str(candidate))
         got = marlin_qqq_gemm(*on_gpu.arguments, bias=bias, out_dtype=out_dtype)
         assert torch.equal(got, expected), f"candidate {candidate}"
+
+
+@pytest.mark.parametrize("group_size", [128, -1])
+def test_candidates_have_names_that_force_them(monkeypatch, group_size):
+    problem = reference.random_problem(48, 320, 1024, group_size, seed=48).to("cuda")
+    expected = marlin_qqq_gemm(*problem.arguments)
+    device, candidates = ask_candidates(48, 320, 1024, group_size, "cuda")
+    major, minor = torch.cuda.get_device_capability()
+    assert device["compute_capability"] == 10 * major + minor
+    assert device["num_sms"] == torch.cuda.get_device_properties(0).multi_processor_count
+    assert len(candidates) == count_candidates(monkeypatch, problem)
+    monkeypatch.delenv("MARLIN_QQQ_CANDIDATE")
+    for candidate in candidates:
+        monkeypatch.setenv("MARLIN_QQQ_TILE", candidate.name)
+        assert torch.equal(marlin_qqq_gemm(*problem.arguments), expected), candidate.text
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,12 @@
-"""Candidate launches of the planner, as variants that can be timed against its own choice."""
+"""Candidate launches of the planner, as variants that can be timed against its own choice.
+
+The op's library is asked for them, not the introspection module: its planner knows the GPU at hand, and it is there for
+every Python.
+"""
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,28 +19,73 @@ if TYPE_CHECKING:
     from marlin_qqq.bench.runner import Runner
 
 
-def candidate_variants(
-    num_tokens: int, out_features: int, in_features: int, group_size: int, architecture: str, limit: int
-) -> list[str]:
-    """Variant names (``tile:NAME+split:COUNT``) of the planner's ``limit`` best candidates for a problem.
+@dataclass(frozen=True)
+class Candidate:
+    """A launch that the planner considers for a problem."""
 
-    Raises ImportError without the introspection module, ValueError for an architecture the planner does not know.
-    """
+    name: str  # among the problem's candidates, as MARLIN_QQQ_TILE takes it: "deep256/1x3/2"
+    text: str  # the whole plan in words
+    tile_tokens: int
+    estimated_us: float
+
+    @property
+    def tile_name(self) -> str:
+        return self.name.partition("/")[0]
+
+    @property
+    def variant(self) -> str:
+        """The variant of our op that forces this launch."""
+        return f"tile:{self.name}"
+
+
+def parse_candidate_list(text: str) -> tuple[dict[str, Any], list[Candidate]]:
+    """The device as the planner sees it, and a problem's candidates, best first, from what the tile "list" answers."""
+    device = re.search(r"^device (compute_capability=.*)$", text, re.MULTILINE)
+    if device is None:
+        raise ValueError(f"the planner's answer names no device: {text[:200]!r}")
+    fields = dict(field.split("=") for field in device[1].split())
+    properties: dict[str, Any] = {name: float(value) for name, value in fields.items() if name != "clusters"}
+    for name in ("compute_capability", "num_sms", "l2_bytes", "shared_memory_per_block"):
+        properties[name] = int(fields[name])
+    properties["clusters"] = [int(count) for count in fields["clusters"].split(",")]
+    candidates = [
+        Candidate(name, plan, int(tokens), float(us))
+        for name, plan, tokens, us in re.findall(
+            r"^candidate (\S+) (.*?tile (\d+) tokens.*estimated ([\d.]+) us)$", text, re.MULTILINE
+        )
+    ]
+    return properties, candidates
+
+
+def ask_candidates(
+    num_tokens: int, out_features: int, in_features: int, group_size: int, device: str
+) -> tuple[dict[str, Any], list[Candidate]]:
+    """:func:`parse_candidate_list` of a problem on a GPU. Nothing is launched; the operands are never read."""
+    import torch
+
     import marlin_qqq
+    from marlin_qqq.bench.implementations.marlin import overridden_environment
 
-    found: list[str] = []
-    for plan in marlin_qqq.candidates(num_tokens, out_features, in_features, group_size, architecture):
-        variant = variant_of(plan)
-        if variant not in found:
-            found.append(variant)
-        if len(found) == limit:
-            break
-    return found
+    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
 
-
-def variant_of(plan: Any) -> str:
-    """The variant that forces this plan."""
-    return f"{plan.family}+tile:{plan.tile_name}+split:{plan.split}"
+    group_scale = (in_features // group_size, out_features) if group_size > 0 else (0,)
+    try:
+        with overridden_environment({"MARLIN_QQQ_TILE": "list"}):
+            marlin_qqq.marlin_qqq_gemm(
+                empty(num_tokens, in_features, dtype=torch.int8),
+                empty(in_features // 16, 2 * out_features, dtype=torch.int32),
+                empty(num_tokens, 1, dtype=torch.float32),
+                empty(1, out_features, dtype=torch.float32),
+                empty(*group_scale, dtype=torch.float16),
+                marlin_qqq.make_workspace(out_features, device),
+                num_tokens,
+                out_features,
+                in_features,
+            )
+    except (RuntimeError, ValueError) as answer:
+        return parse_candidate_list(str(answer))
+    raise RuntimeError("the op did not answer MARLIN_QQQ_TILE=list: its library is older than this program")
 
 
 @dataclass(frozen=True)
@@ -71,16 +121,13 @@ def run_tune(
     runner: Runner, layers: Sequence[Layer], num_tokens: Sequence[int], group_sizes: Sequence[int], limit: int
 ) -> None:
     """Times the planner's own choice and its ``limit`` best candidates on every problem, into ``runner.run``."""
-    import torch
-
     from marlin_qqq.bench.implementations.marlin import MarlinGemm
 
-    major, minor = torch.cuda.get_device_capability(runner.settings.device)
     for layer in layers:
         for group_size in group_sizes:
             for tokens in num_tokens:
-                variants = candidate_variants(
-                    tokens, layer.out_features, layer.in_features, group_size, f"sm_{major}{minor}", limit
+                _, candidates = ask_candidates(
+                    tokens, layer.out_features, layer.in_features, group_size, runner.settings.device
                 )
-                implementations = [MarlinGemm(variant, group_size) for variant in ("default", *variants)]
-                runner.products([layer], [tokens], implementations)
+                variants = ["default", *(candidate.variant for candidate in candidates[:limit])]
+                runner.products([layer], [tokens], [MarlinGemm(variant, group_size) for variant in variants])

@@ -29,8 +29,8 @@ def parse_variant(text: str) -> Variant:
     """``"constant+tile:NAME"`` as a Variant.
 
     Parts, joined by ``+``: ``default``, ``constant`` (constant_weights=True, as the linear layer calls the op),
-    ``bias``, ``bf16`` (output type), ``sm80`` or ``sm90`` (the kernel family), ``tile:NAME``, ``split:COUNT``. Raises
-    ValueError for anything else.
+    ``bias``, ``bf16`` (output type), ``sm80`` or ``sm90`` (the kernel family), ``tile:NAME`` (a tile, or one candidate
+    of the planner: "deep256/1x3/2"), ``split:COUNT``. Raises ValueError for anything else.
     """
     variant = Variant()
     for part in text.split("+"):
