@@ -243,7 +243,10 @@ def tune(
     json_path: JsonOption = None,
     csv_path: CsvOption = None,
 ) -> None:
-    """The planner's candidate tiles and splits on this GPU: is its choice the fastest? Needs a GPU."""
+    """The planner's candidate launches on this GPU: is its choice the fastest? Needs a GPU.
+
+    A quick look. To fit the planner to a GPU, benchmarks/tune_planner.py in the repository measures more and does it.
+    """
     from marlin_qqq.bench.tune import run_tune
 
     settings = make_settings(device, dtype, "graph", replays, 0.1, False, seed)

@@ -1,0 +1,258 @@
+"""Fits the constants of the Hopper planner's model (csrc/plan/sm90_model.h) to measured candidates.
+
+The formula is the planner's own, through the introspection module. `tune_planner.py fit` is the command.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from marlin_qqq.bench.results import OURS, Run
+
+Model = dict[str, float]
+
+PREFIX = f"{OURS}:constant+tile:"
+PLANNER_DEVICE = "planner_device"  # where a run's environment holds the device as the planner sees it
+REGIMES = ((1, 16), (17, 64), (65, 128), (129, 256), (257, 1 << 30))
+
+# What the times' own error weighs beside the loss: without it the fit buys a tenth of a per cent with constants that
+# mean nothing, and ranks candidates it has not seen by them. And what drifting from the start costs a constant that no
+# measurement depends on.
+TIMES_WEIGHT = 0.2
+DRIFT_WEIGHT = 1e-4
+LARGEST_FACTOR = 4.0  # from its start, for any constant
+# Candidates whose estimates are this close count as nearly tied. The loss of the first one alone is a staircase, on
+# which a gradient sees nothing; a much higher temperature rewards estimates that lie apart, not those that are right.
+TEMPERATURE = 0.005
+VALUE = re.compile(r"^(  double (\w+) = )([^;]+);$", re.MULTILINE)
+PROVENANCE = re.compile(r"^// Fitted on .*\n(?://.*\n)*(?=struct Sm90Model)", re.MULTILINE)
+
+
+@dataclass
+class Problem:
+    """One problem of a sweep with the candidates measured on it."""
+
+    sizes: tuple[int, int, int, int]  # num_tokens, out_features, in_features, group_size
+    device: Any  # DeviceProperties
+    names: list[str]
+    plans: list[str]
+    times: list[float]
+
+
+def introspection() -> Any:
+    try:
+        from marlin_qqq import _introspection
+    except ImportError as error:
+        raise SystemExit(
+            "fit evaluates the planner's formula: it needs the introspection module for this Python "
+            f"(python3-dev, then `make build`). measure does not. ({error})"
+        ) from None
+    return _introspection
+
+
+def problems_of(run: Run, origin: str) -> list[Problem]:
+    """The problems of a saved sweep that have two candidates or more to choose between."""
+    if PLANNER_DEVICE not in run.environment:
+        raise ValueError(f"{origin} was not saved by `tune_planner.py measure`: its environment has no planner_device")
+    device = introspection().DeviceProperties(**run.environment[PLANNER_DEVICE])
+    problems: dict[Any, Problem] = {}
+    for m in run.measurements:
+        if not m.median_us or not m.implementation.startswith(PREFIX) or m.group_size is None:
+            continue
+        sizes = (m.num_tokens, m.out_features, m.in_features, m.group_size)
+        problem = problems.setdefault(sizes, Problem(sizes, device, [], [], []))
+        problem.names.append(m.implementation.removeprefix(PREFIX))
+        problem.plans.append(str(m.extra.get("plan", "")))
+        problem.times.append(m.median_us)
+    return [problem for problem in problems.values() if len(problem.times) > 1]
+
+
+class Objective:
+    """How well a model ranks the measured candidates: a problem a row, its candidates in columns."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems: list[Problem] = []
+        self.num_gone = self.num_changed = 0  # candidates that the planner has no more, or whose tile has changed
+        self.estimator = introspection().Sm90Estimator()
+        for problem in problems:
+            texts = self.estimator.add(*problem.sizes, problem.device, problem.names)
+            kept = [index for index, text in enumerate(texts) if text]
+            self.num_gone += len(texts) - len(kept)
+            self.num_changed += sum(not _same_launch(problem.plans[index], texts[index]) for index in kept)
+            names, plans, times = (
+                [values[i] for i in kept] for values in (problem.names, problem.plans, problem.times)
+            )
+            self.problems.append(Problem(problem.sizes, problem.device, names, plans, times))
+        self.problems = [problem for problem in self.problems if problem.names]
+        if not self.problems:
+            raise ValueError("no measured candidate is one of the planner's: nothing to fit")
+        counts = numpy.array([len(problem.names) for problem in self.problems])
+        self.filled = numpy.arange(counts.max()) < counts[:, None]
+        self.times = self._table([time for problem in self.problems for time in problem.times])
+        self.relative_times = self.times / self.times.min(axis=1, keepdims=True)
+        self.evaluations = 0
+
+    @cached_property
+    def num_points(self) -> int:
+        return int(self.filled.sum())
+
+    def estimates(self, model: Model) -> numpy.ndarray:
+        self.evaluations += 1
+        return self._table(self.estimator.estimate(model))
+
+    def losses(self, model: Model) -> numpy.ndarray:
+        """For every problem the measured time of the candidate that the model puts first, over the best one's."""
+        first = self.estimates(model).argmin(axis=1)
+        return self.relative_times[numpy.arange(len(first)), first]
+
+    def cost(self, model: Model, temperature: float = TEMPERATURE) -> float:
+        """The mean loss, smoothed over near ties, and a little of the times' logarithmic error."""
+        estimates = self.estimates(model)
+        logarithms = numpy.log(estimates, out=numpy.full_like(estimates, 1e3), where=self.filled)
+        weights = numpy.exp((logarithms.min(axis=1, keepdims=True) - logarithms) / temperature)
+        weights /= weights.sum(axis=1, keepdims=True)
+        loss = (weights * numpy.where(self.filled, self.relative_times, 0.0)).sum(axis=1).mean() - 1
+        errors = logarithms[self.filled] - numpy.log(self.times[self.filled])
+        return float(loss + TIMES_WEIGHT * (errors**2).mean())
+
+    def errors(self, model: Model) -> numpy.ndarray:
+        """The times' logarithmic errors: 0.1 is about ten per cent."""
+        return numpy.log(self.estimates(model)[self.filled] / self.times[self.filled])
+
+    def time_error(self, model: Model) -> float:
+        return float(numpy.sqrt((self.errors(model) ** 2).mean()))
+
+    def unmeasured_choices(self, model: Model) -> list[str]:
+        """Problems whose first candidate of all has not been measured: of those the fit promises nothing."""
+        measured: dict[Any, set[str]] = {}
+        for problem in self.problems:
+            measured.setdefault((problem.sizes, str(problem.device)), set()).update(problem.names)
+        found = []
+        for problem in self.problems:
+            best = introspection().sm90_candidates(*problem.sizes, problem.device, model)[0]
+            if best.name not in measured[problem.sizes, str(problem.device)]:
+                found.append(f"{problem_name(problem.sizes)}: {best.name}")
+        return found
+
+    def _table(self, values: Sequence[float]) -> numpy.ndarray:
+        table = numpy.full(self.filled.shape, numpy.inf)
+        table[self.filled] = values
+        return table
+
+
+def problem_name(sizes: tuple[int, int, int, int]) -> str:
+    num_tokens, out_features, in_features, group_size = sizes
+    return f"{out_features}x{in_features} M={num_tokens} {'g128' if group_size > 0 else 'channel'}"
+
+
+def _same_launch(before: str, now: str) -> bool:
+    return not before or before.partition(", estimated")[0] == now.partition(", estimated")[0]
+
+
+def fit(
+    objective: Objective,
+    start: Model,
+    num_starts: int = 4,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Model:
+    """Constants that lower the mean loss, or ``start`` where none are found.
+
+    From ``start``, from what fits the times best, and from points around that, down the gradient of the objective; then
+    from the best place along one constant after the other, with the loss hardly smoothed.
+    """
+    from scipy.optimize import least_squares, minimize
+
+    names = list(start)
+    origin = numpy.array([start[name] for name in names])
+    bound = numpy.log(LARGEST_FACTOR)
+    bounds = [(-bound, bound)] * len(names)
+
+    def model_at(x: numpy.ndarray) -> Model:
+        return dict(zip(names, (origin * numpy.exp(x)).tolist(), strict=True))
+
+    def cost(x: numpy.ndarray, temperature: float = TEMPERATURE) -> float:
+        return objective.cost(model_at(x), temperature) + DRIFT_WEIGHT * float((x**2).mean())
+
+    def errors(x: numpy.ndarray) -> numpy.ndarray:
+        return numpy.concatenate([objective.errors(model_at(x)), 0.1 * x])
+
+    zero = numpy.zeros(len(names))
+    times_fitted = least_squares(errors, zero, bounds=(-bound, bound), max_nfev=40).x
+    progress(f"times: error {objective.time_error(start):.1%} -> {objective.time_error(model_at(times_fitted)):.1%}")
+    random = numpy.random.default_rng(seed)
+    starts = [zero, times_fitted]
+    starts += [(times_fitted + random.normal(0, 0.2, len(names))).clip(-bound, bound) for _ in range(num_starts - 2)]
+    best = min([zero, times_fitted], key=cost)
+    for index, x in enumerate(starts[:num_starts]):
+        found = minimize(cost, x, method="L-BFGS-B", bounds=bounds, options={"eps": 1e-4}).x
+        best = min([best, found], key=cost)
+        progress(f"start {index + 1} of {num_starts}: {cost(found):.5f}, {objective.evaluations} evaluations")
+
+    def hardly_smoothed(x: numpy.ndarray) -> float:
+        return cost(x, TEMPERATURE / 10)
+
+    options = {"maxiter": 3, "xtol": 1e-3, "ftol": 1e-6}
+    found = minimize(hardly_smoothed, best, method="Powell", bounds=bounds, options=options).x
+    best = min([best, found], key=hardly_smoothed)
+    fitted = {name: float(f"{value:.4g}") for name, value in model_at(best).items()}
+    return min([fitted, dict(start)], key=lambda model: float(objective.losses(model).mean()))
+
+
+def report(objective: Objective, before: Model, after: Model) -> list[str]:
+    """Mean and worst loss a regime of M, before and after."""
+    old, new = objective.losses(before), objective.losses(after)
+    tokens = numpy.array([problem.sizes[0] for problem in objective.problems])
+    lines = [f"{'M':>10} {'problems':>8}   {'before: mean':>12} {'worst':>7}   {'after: mean':>12} {'worst':>7}"]
+    for low, high in (*REGIMES, (1, 1 << 30)):
+        rows = (tokens >= low) & (tokens <= high)
+        if not rows.any():
+            continue
+        name = "all" if (low, high) == (1, 1 << 30) else f"{low}-{high}" if high < 1 << 30 else f"{low}-"
+        figures = [figure for losses in (old[rows], new[rows]) for figure in (losses.mean(), losses.max())]
+        lines.append("{:>10} {:>8}   {:>12.4f} {:>7.3f}   {:>12.4f} {:>7.3f}".format(name, int(rows.sum()), *figures))
+    for title, model, losses in (("before", before, old), ("after", after, new)):
+        worst = int(losses.argmax())
+        lines.append(
+            f"worst {title}: {problem_name(objective.problems[worst].sizes)}; error of the times "
+            f"{objective.time_error(model):.1%}"
+        )
+    return lines
+
+
+def header_values(text: str) -> Model:
+    """The constants' values in the text of sm90_model.h."""
+    return {name: float(value) for _, name, value in VALUE.findall(text)}
+
+
+def rewritten_header(text: str, model: Model, provenance: str) -> str:
+    """The header with the model's values and the line that says where they come from."""
+    if header_values(text).keys() != model.keys():
+        differing = ", ".join(sorted(header_values(text).keys() ^ model.keys()))
+        raise ValueError(f"the header and the built model differ in {differing}")
+    if len(PROVENANCE.findall(text)) != 1:
+        raise ValueError('the header must have one comment "// Fitted on ..." right above struct Sm90Model')
+    comment = textwrap.fill(f"Fitted on {provenance}.", 120, initial_indent="// ", subsequent_indent="// ")
+    text = PROVENANCE.sub(lambda _: f"{comment}\n", text)
+    return VALUE.sub(lambda match: f"{match[1]}{_number(model[match[2]])};", text)
+
+
+def _number(value: float) -> str:
+    return re.sub(r"e\+0*", "e", f"{value:.6g}")
+
+
+def provenance(runs: Sequence[tuple[Path, Run]], objective: Objective, model: Model) -> str:
+    """On which GPUs, on how many candidates, and how well."""
+    gpus = dict.fromkeys(str(run.environment.get("gpu", {}).get("name", "an unnamed GPU")) for _, run in runs)
+    return (
+        f"{' and '.join(gpus)}: {len(objective.problems):,} problems, {objective.num_points:,} candidates, "
+        f"mean loss {objective.losses(model).mean() - 1:.1%}"
+    )

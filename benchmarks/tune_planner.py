@@ -1,0 +1,265 @@
+"""Regenerates the Hopper planner's constants (csrc/plan/sm90_model.h) for the GPU at hand, in two steps.
+
+    python benchmarks/tune_planner.py measure --json sweep.json       # on the GPU; about ten minutes
+    python benchmarks/tune_planner.py fit sweep.json --write          # anywhere; about half a minute; then build again
+
+`measure` times the planner's best candidates, and one of each kind of tile, for a grid of shapes and batch sizes in
+both modes. It needs the CUDA library, not the introspection module, so any Python will do. A sweep that was cut short
+by its budget is continued by the same command.
+
+`fit` evaluates the planner's own formula, for which it needs the introspection module of this Python. It prints the
+loss (the time of the candidate ranked first over the fastest one's) before and after. Where it says that a problem's
+new first choice was not measured, build with the new constants, measure into a second file, and fit both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import planner_fit
+
+from marlin_qqq.bench.check import Reference
+from marlin_qqq.bench.implementations import Context
+from marlin_qqq.bench.implementations.marlin import MarlinGemm
+from marlin_qqq.bench.presets import REFERENCE_SHAPES, Layer, parse_integers, parse_shape
+from marlin_qqq.bench.results import load_run, write_text_atomically
+from marlin_qqq.bench.runner import Runner, Settings, check_device
+from marlin_qqq.bench.tune import Candidate, ask_candidates
+
+HEADER = Path(__file__).resolve().parents[1] / "csrc" / "plan" / "sm90_model.h"
+# Besides the reference shapes: projections of 8B and 70B models, whole and as one of eight ranks has them.
+SHAPES = ",".join([*(shape.shape for shape in REFERENCE_SHAPES), "6144x4096", "10240x8192", "1280x8192", "8192x3584"])
+TOKENS = "1,8,16,17,24,32,33,48,64,65,80,96,112,128,129,160,192,193,224,256,257,320,384,512,768,1024,2048,4096"
+OVERRIDES = ("MARLIN_QQQ_FAMILY", "MARLIN_QQQ_TILE", "MARLIN_QQQ_SPLIT", "MARLIN_QQQ_CANDIDATE")
+# The best candidates of a problem often are one tile with a row of splits, which teach little beyond each other.
+MOST_OF_A_TILE = 3
+SECONDS_BETWEEN_SAVES = 15.0
+
+Work = tuple[Layer, int, int]  # shape, group_size, num_tokens
+
+
+def choose_candidates(candidates: Sequence[Candidate], num_tokens: int, limit: int) -> list[Candidate]:
+    """The ``limit`` best of a problem's candidates, which come best first, and one of every family of tiles.
+
+    That one is the best of the family's tile that wastes the fewest tokens: a model that ranks a family wrong must be
+    found out.
+    """
+    chosen: list[Candidate] = []
+    for candidate in candidates:
+        same_tile = sum(other.tile_name == candidate.tile_name for other in chosen)
+        if len(chosen) < limit and same_tile < MOST_OF_A_TILE:
+            chosen.append(candidate)
+    families: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        families.setdefault(re.sub(r"\d+$", "", candidate.tile_name), []).append(candidate)
+    for family in families.values():
+        if num_tokens > 4 * max(candidate.tile_tokens for candidate in family):
+            continue  # a family for few tokens, and a large batch
+        nearest = min(family, key=lambda c: (-(-num_tokens // c.tile_tokens) * c.tile_tokens, -c.tile_tokens))
+        if nearest not in chosen:
+            chosen.append(nearest)
+    return chosen
+
+
+def work_list(shapes: Sequence[Layer], num_tokens: Sequence[int], group_sizes: Sequence[int]) -> list[Work]:
+    """Every problem. First every other batch size of all shapes: a sweep that is cut short should cover the grid."""
+    halves = (list(num_tokens)[::2], list(num_tokens)[1::2])
+    return [(shape, mode, tokens) for half in halves for shape in shapes for mode in group_sizes for tokens in half]
+
+
+class OwnChoice(Reference):
+    """What every candidate's output must equal to the bit: that of the planner's own choice, on the GPU."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__([], "planner's own choice, every value")
+        self.output = output
+
+    def compare(self, output: Any) -> str:
+        import torch
+
+        if torch.equal(output, self.output):
+            return f"exact ({self.description})"
+        return f"WRONG: {int((output != self.output).sum())} values differ from the {self.description}"
+
+
+class SweepContext(Context):
+    def reference(self, problem: Any, activations: Any, dtype: Any = None, bias: Any = None) -> Reference:
+        key = id(activations)
+        if key not in self._references:
+            import torch
+
+            import marlin_qqq
+
+            weights = self.packed_weights(problem)
+            output = torch.ops.marlin_qqq.marlin_qqq_gemm(
+                activations.quantized[0],
+                weights.packed[0],
+                activations.token_scale[0],
+                weights.channel_scale[0],
+                weights.group_scale[0],
+                marlin_qqq.make_workspace(problem.out_features, self.device),
+                problem.num_tokens,
+                problem.out_features,
+                problem.in_features,
+                bias=bias,
+                out_dtype=dtype or self.dtype,
+            )
+            self._references[key] = (activations, OwnChoice(output))
+        return self._references[key][1]
+
+
+class SweepRunner(Runner):
+    def new_context(self) -> Context:
+        context = super().new_context()
+        return SweepContext(context.device, context.dtype, context.l2_bytes, self.settings.seed)
+
+
+class Sweep:
+    """The growing file of one sweep on one GPU."""
+
+    def __init__(self, runner: Runner, path: Path) -> None:
+        self.runner, self.path = runner, path
+        self.done: set[tuple[int, int, int, int]] = set()
+        self.num_before = 0
+        self._saved = time.monotonic()
+        if path.exists():
+            before = load_run(path)
+            self.num_before = len(before.measurements)
+            runner.run.measurements = before.measurements
+            self.device = before.environment.get(planner_fit.PLANNER_DEVICE)
+            self.done = {(m.num_tokens, m.out_features, m.in_features, m.group_size or -1) for m in before.measurements}
+
+    def measure(self, work: Work, limit: int) -> str:
+        """One problem: what came of it, in a line."""
+        shape, mode, tokens = work
+        sizes = (tokens, shape.out_features, shape.in_features, mode)
+        if sizes in self.done:
+            return "measured before"
+        device, candidates = ask_candidates(*sizes, self.runner.settings.device)
+        known = self.runner.run.environment.setdefault(planner_fit.PLANNER_DEVICE, device)
+        if self.num_before and self.device != known:
+            raise ValueError(f"{self.path} was measured on another GPU than this one; give another --json")
+        chosen = choose_candidates(candidates, tokens, limit)
+        first = len(self.runner.run.measurements)
+        variants = [MarlinGemm(f"constant+{candidate.variant}", mode) for candidate in chosen]
+        self.runner.products([shape], [tokens], variants)
+        rows = self.runner.run.measurements[first:]
+        for row, candidate in zip(rows, chosen, strict=True):
+            row.extra = {"plan": candidate.text}
+        self.done.add(sizes)
+        self.save(SECONDS_BETWEEN_SAVES)
+        timed = [(row.median_us, candidate) for row, candidate in zip(rows, chosen, strict=True) if row.median_us]
+        if not timed or not rows[0].median_us:
+            return "; ".join({row.check if row.wrong else row.unavailable for row in rows if not row.median_us})
+        least, best = min(timed, key=lambda entry: entry[0])
+        return f"own choice {rows[0].median_us:.2f} us, best {least:.2f} us ({best.name}) of {len(timed)}"
+
+    def save(self, seconds: float = 0.0) -> None:
+        """Writes the whole file, unless it was written in the last ``seconds``: a large one takes a while."""
+        if time.monotonic() - self._saved >= seconds:
+            write_text_atomically(self.path, self.runner.run.to_json())
+            self._saved = time.monotonic()
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    import torch
+
+    start = time.monotonic()
+    if set_by_user := [name for name in OVERRIDES if os.environ.get(name)]:
+        raise ValueError(f"{', '.join(set_by_user)} would decide in the planner's place; unset it")
+    device = check_device(arguments.device)
+    if not device.startswith("cuda") or torch.cuda.get_device_capability(device) != (9, 0):
+        raise ValueError("measure needs a Hopper GPU: only their planner has a model to fit (csrc/plan/sm90_model.h)")
+    shapes = [parse_shape(text) for text in arguments.shapes.split(",")]
+    todo = work_list(shapes, parse_integers(arguments.num_tokens), [int(g) for g in arguments.group_size.split(",")])
+    sweep = Sweep(SweepRunner(Settings(device=device, replays=arguments.replays)), arguments.json)
+    try:
+        for index, work in enumerate(todo):
+            seconds = time.monotonic() - start
+            if seconds > arguments.budget:
+                print(f"out of time: {len(todo) - index} of {len(todo)} problems left; the same command goes on")
+                break
+            line = sweep.measure(work, arguments.candidates)
+            shape, mode, tokens = work
+            name = planner_fit.problem_name((tokens, shape.out_features, shape.in_features, mode))
+            print(f"[{index + 1:4}/{len(todo)} {seconds:4.0f} s] {name}: {line}", flush=True)
+    finally:
+        sweep.save()
+    run = sweep.runner.run
+    print(
+        f"{len(run.measurements)} candidates of {len(sweep.done)} problems in {arguments.json}; {run.num_wrong} wrong"
+    )
+    return 1 if run.num_wrong else 0
+
+
+def fit(arguments: argparse.Namespace) -> int:
+    runs = [(path, load_run(path)) for path in arguments.sweeps]
+    objective = planner_fit.Objective(
+        problem for path, run in runs for problem in planner_fit.problems_of(run, str(path))
+    )
+    before = planner_fit.introspection().sm90_model()
+    if planner_fit.header_values(HEADER.read_text()) != before:
+        raise ValueError(f"{HEADER.name} has other constants than the built planner: build first")
+    print(f"{len(objective.problems)} problems, {objective.num_points} candidates")
+    if objective.num_gone:
+        print(f"left out, for the planner has them no more: {objective.num_gone} candidates")
+    if objective.num_changed:
+        print(f"beware: {objective.num_changed} candidates are launched otherwise than when they were measured")
+    after = planner_fit.fit(objective, before, arguments.starts, progress=lambda line: print(line, flush=True))
+    for name, value in after.items():
+        print(f"{name:28} {before[name]:>10.4g} -> {value:.4g}")
+    print("\n".join(planner_fit.report(objective, before, after)))
+    unmeasured = objective.unmeasured_choices(after)
+    print(f"{len(unmeasured)} problems whose new first choice was not measured{':' if unmeasured else ''}")
+    for line in unmeasured[:10]:
+        print(f"  {line}")
+    if arguments.write:
+        text = planner_fit.rewritten_header(HEADER.read_text(), after, planner_fit.provenance(runs, objective, after))
+        write_text_atomically(HEADER, text)
+        print(f"wrote {HEADER.name}; build again (make build)")
+    return 0
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    step = commands.add_parser("measure", help="time candidates on this GPU (needs no introspection module)")
+    step.add_argument("--json", type=Path, default=Path("sweep.json"), help="where to save; a file there is continued")
+    step.add_argument("--budget", type=float, default=540.0, help="seconds after which no new problem is started")
+    step.add_argument("--shapes", default=SHAPES, help="NxK,NxK,...")
+    step.add_argument("--num-tokens", default=TOKENS, help="batch sizes")
+    step.add_argument("--group-size", default="-1,128", help="modes")
+    step.add_argument(
+        "--candidates", type=int, default=8, help="the planner's best to time; of other families one more"
+    )
+    step.add_argument("--replays", type=int, default=9)
+    step.add_argument("--device", default="cuda")
+    step.set_defaults(run=measure)
+    step = commands.add_parser("fit", help="fit the constants to sweeps (needs the introspection module and scipy)")
+    step.add_argument("sweeps", type=Path, nargs="+", metavar="SWEEP.json")
+    step.add_argument("--starts", type=int, default=4, help="places to search from")
+    step.add_argument("--write", action="store_true", help=f"rewrite csrc/plan/{HEADER.name}")
+    step.set_defaults(run=fit)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        return options.run(options)
+    except ValueError as error:
+        print(f"tune_planner: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
