@@ -33,6 +33,7 @@ struct Sm90Tile {
   constexpr int rings() const { return depth_split() ? warpgroups : 1; }
   constexpr int warpgroup_features() const { return 64 * blocks; }
   constexpr int features() const { return warpgroup_features() * (depth_split() ? 1 : warpgroups); }
+  constexpr int panel_features() const { return features() < 128 ? features() : 128; }  // of one copy of weights
   constexpr int activation_bytes() const { return tokens * 128; }
   constexpr int weight_bytes() const { return features() * 64; }
   constexpr int scale_bytes() const { return features() * 2; }
@@ -56,26 +57,36 @@ struct Sm90Tile {
   constexpr int token_scale_bytes() const { return depth_split() ? 0 : warpgroups * 4 * tokens; }
   constexpr int fixed_bytes() const { return 2 * 8 * stages * rings() + token_scale_bytes() + 1024 + 64; }
   constexpr int shared_memory_bytes() const { return staging_bytes() + pipeline_bytes() + fixed_bytes(); }
-  // Steps of 32 inputs that one group of asynchronous products covers: more a group means fewer waits, which streaming
-  // tiles are short of, and more operand registers, which the large tiles are short of.
-  constexpr int steps_per_group() const { return depth_split() && tokens <= 24 ? 2 : 1; }
 };
 
 // clang-format off
 inline constexpr Sm90Tile kSm90Tiles[] = {
-    // Streaming: few tokens, the weights' bytes are the time. Two blocks a multiprocessor, so that the next kernel's
-    // blocks can start fetching beside this one's.
-    {"stream8",    2,   8, Cooperation::kDepth,    2, 5, 2},
-    {"stream16",   2,  16, Cooperation::kDepth,    2, 5, 2},
-    {"stream24",   2,  24, Cooperation::kDepth,    2, 4, 2},
-    {"stream32",   2,  32, Cooperation::kDepth,    2, 4, 2},
-    {"stream48",   2,  48, Cooperation::kDepth,    2, 3, 2},
-    {"stream64",   2,  64, Cooperation::kDepth,    2, 3, 2},
-    // The same with one block of four warpgroups: half as many partial sums.
-    {"quad16",     2,  16, Cooperation::kDepth,    4, 5, 1},
-    {"quad32",     2,  32, Cooperation::kDepth,    4, 4, 1},
-    {"quad48",     2,  48, Cooperation::kDepth,    4, 3, 1},
-    {"quad64",     2,  64, Cooperation::kDepth,    4, 3, 1},
+    // Narrow: 64 features and all of the inputs, so that most layers need no split; a ring of four to ten stages a
+    // warpgroup keeps 200 KB on their way.
+    {"narrow8",    1,   8, Cooperation::kDepth,    4, 10, 1},
+    {"narrow16",   1,  16, Cooperation::kDepth,    4,  8, 1},
+    {"narrow24",   1,  24, Cooperation::kDepth,    4,  7, 1},
+    {"narrow32",   1,  32, Cooperation::kDepth,    4,  6, 1},
+    {"narrow48",   1,  48, Cooperation::kDepth,    4,  5, 1},
+    {"narrow64",   1,  64, Cooperation::kDepth,    4,  4, 1},
+    {"narrow80",   1,  80, Cooperation::kDepth,    4,  3, 1},
+    {"narrow96",   1,  96, Cooperation::kDepth,    4,  3, 1},
+    {"narrow112",  1, 112, Cooperation::kDepth,    4,  3, 1},
+    {"narrow128",  1, 128, Cooperation::kDepth,    4,  2, 1},
+    // The same with twice the features: half the activations' traffic, and fewer instructions a weight.
+    {"quad8",      2,   8, Cooperation::kDepth,    4,  5, 1},
+    {"quad16",     2,  16, Cooperation::kDepth,    4,  5, 1},
+    {"quad32",     2,  32, Cooperation::kDepth,    4,  4, 1},
+    {"quad48",     2,  48, Cooperation::kDepth,    4,  3, 1},
+    {"quad64",     2,  64, Cooperation::kDepth,    4,  3, 1},
+    // Two blocks a multiprocessor, for layers with more tiles than multiprocessors: while one block starts or ends, the
+    // other streams.
+    {"stream8",    2,   8, Cooperation::kDepth,    2,  5, 2},
+    {"stream16",   2,  16, Cooperation::kDepth,    2,  5, 2},
+    {"stream24",   2,  24, Cooperation::kDepth,    2,  4, 2},
+    {"stream32",   2,  32, Cooperation::kDepth,    2,  4, 2},
+    {"stream48",   2,  48, Cooperation::kDepth,    2,  3, 2},
+    {"stream64",   2,  64, Cooperation::kDepth,    2,  3, 2},
     // Wide features, medium tokens: 256 features a block halve the activations' traffic.
     {"wide64",    2,  64, Cooperation::kFeatures, 2, 8, 1},
     {"wide80",    2,  80, Cooperation::kFeatures, 2, 7, 1},

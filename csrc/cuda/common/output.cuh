@@ -30,24 +30,49 @@ __device__ __forceinline__ float load_bias(const void* bias, int column, bool bf
   return __half2float(static_cast<const __half*>(bias)[column]);
 }
 
+// Channel scales and biases of four neighbouring features, and what they make of sums. A kernel fetches them before its
+// sums are there. `column` is a multiple of four; `bias` may be null.
+struct ColumnFactors {
+  float4 channel_scale;
+  float4 bias;
+  bool has_bias;
+  bool bfloat16;
+
+  __device__ __forceinline__ ColumnFactors(const float* channel_scales, const void* biases, int column, bool bfloat16)
+      : bias{0, 0, 0, 0}, has_bias(biases != nullptr), bfloat16(bfloat16) {
+    // Two pairs of neighbours in the stored order: see format::stored_channel_scale_column.
+    const float2 scale01 =
+        __ldg(reinterpret_cast<const float2*>(channel_scales + format::stored_channel_scale_column(column)));
+    const float2 scale23 =
+        __ldg(reinterpret_cast<const float2*>(channel_scales + format::stored_channel_scale_column(column + 2)));
+    channel_scale = {scale01.x, scale01.y, scale23.x, scale23.y};
+    if (has_bias) {
+      bias = {load_bias(biases, column, bfloat16), load_bias(biases, column + 1, bfloat16),
+              load_bias(biases, column + 2, bfloat16), load_bias(biases, column + 3, bfloat16)};
+    }
+  }
+
+  // The outputs of one token.
+  __device__ __forceinline__ void store(int4 sum, float token_scale, void* output, int64_t row, int column,
+                                        int64_t out_features) const {
+    float4 value = {scaled(sum.x, channel_scale.x, token_scale), scaled(sum.y, channel_scale.y, token_scale),
+                    scaled(sum.z, channel_scale.z, token_scale), scaled(sum.w, channel_scale.w, token_scale)};
+    if (has_bias) {
+      value.x = __fadd_rn(value.x, bias.x);
+      value.y = __fadd_rn(value.y, bias.y);
+      value.z = __fadd_rn(value.z, bias.z);
+      value.w = __fadd_rn(value.w, bias.w);
+    }
+    const uint2 packed = {pack_outputs(value.x, value.y, bfloat16), pack_outputs(value.z, value.w, bfloat16)};
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(output) + row * out_features + column) = packed;
+  }
+};
+
 // Four neighbouring features of one token; column is a multiple of four.
 __device__ __forceinline__ void store_outputs(int4 sum, float token_scale, const float* channel_scales,
                                               const void* bias, void* output, int64_t row, int column,
                                               int64_t out_features, bool bfloat16) {
-  // Two pairs of neighbours in the stored order: see format::stored_channel_scale_column.
-  const float2 scale01 = *reinterpret_cast<const float2*>(channel_scales + format::stored_channel_scale_column(column));
-  const float2 scale23 =
-      *reinterpret_cast<const float2*>(channel_scales + format::stored_channel_scale_column(column + 2));
-  float4 value = {scaled(sum.x, scale01.x, token_scale), scaled(sum.y, scale01.y, token_scale),
-                  scaled(sum.z, scale23.x, token_scale), scaled(sum.w, scale23.y, token_scale)};
-  if (bias != nullptr) {
-    value.x = __fadd_rn(value.x, load_bias(bias, column, bfloat16));
-    value.y = __fadd_rn(value.y, load_bias(bias, column + 1, bfloat16));
-    value.z = __fadd_rn(value.z, load_bias(bias, column + 2, bfloat16));
-    value.w = __fadd_rn(value.w, load_bias(bias, column + 3, bfloat16));
-  }
-  const uint2 packed = {pack_outputs(value.x, value.y, bfloat16), pack_outputs(value.z, value.w, bfloat16)};
-  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(output) + row * out_features + column) = packed;
+  ColumnFactors(channel_scales, bias, column, bfloat16).store(sum, token_scale, output, row, column, out_features);
 }
 
 }  // namespace marlin_qqq::cuda

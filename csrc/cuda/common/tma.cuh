@@ -8,10 +8,9 @@
 
 namespace marlin_qqq::cuda {
 
-// Cache hints (createpolicy encodings that CUTLASS and Triton use as constants too): weights are read once, activations
-// by every block.
+// Cache hints (createpolicy encodings that CUTLASS and Triton use as constants too).
+constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
 constexpr uint64_t kEvictFirst = 0x12f0000000000000ull;
-constexpr uint64_t kEvictLast = 0x14f0000000000000ull;
 
 // Box at (column, row) -> shared memory; its bytes complete on `barrier`.
 __device__ __forceinline__ void tma_load(const CUtensorMap* map, uint32_t target, uint32_t barrier, int32_t column,
@@ -32,6 +31,17 @@ __device__ __forceinline__ void tma_load_multicast(const CUtensorMap* map, uint3
       " [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(target),
       "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(blocks), "l"(hint)
       : "memory");
+}
+
+// Box at (column, row) -> L2. Harmless whatever another kernel may be writing: L2 is where all see the same bytes.
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, int32_t column, int32_t row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row)
+               : "memory");
+}
+
+// Fetches the description itself, which the first copy would otherwise wait for.
+__device__ __forceinline__ void tma_prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // Shared memory -> box at (column, row); completes with the thread's bulk group.

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cuda/common/divisor.h"
 #include "plan/sm90_tiles.h"
 
 namespace marlin_qqq::cuda::sm90 {
@@ -22,8 +23,8 @@ struct Config {
   static constexpr int kWarpgroupFeatures = kTile.warpgroup_features();
   static constexpr int kRings = kTile.rings();
   static constexpr int kStages = kTile.stages;
-  static constexpr int kStepsPerGroup = kTile.steps_per_group();
-  static constexpr int kPanels = kFeatures / 128;  // weights travel in panels of 128 features
+  static constexpr int kPanelFeatures = kTile.panel_features();  // weights travel in panels of this many features
+  static constexpr int kPanels = kFeatures / kPanelFeatures;
   static constexpr int kConsumerThreads = 128 * kTile.warpgroups;
   static constexpr int kThreads = kTile.threads();
   static constexpr int kBlocksPerSm = kTile.blocks_per_sm;
@@ -65,8 +66,8 @@ __device__ __forceinline__ constexpr int chunk_feature(int warp, int octet) {
 
 struct Parameters {
   CUtensorMap activations;   // int8   [num_tokens, in_features],              box [tokens / multicast, 128], swizzled
-  CUtensorMap weights;       // uint32 [in_features / 16, 2 * out_features],   box [8, 256]
-  CUtensorMap group_scales;  // fp16   [in_features / 128, out_features],      box [1, 128]
+  CUtensorMap weights;       // uint32 [in_features / 16, 2 * out_features],   box [8, 2 * panel_features]
+  CUtensorMap group_scales;  // fp16   [in_features / 128, out_features],      box [1, panel_features]
   CUtensorMap output;        // 16 bit [num_tokens, out_features],             box [store_tokens, 64], swizzled
 
   const float* token_scale;
@@ -80,12 +81,16 @@ struct Parameters {
   int out_features;
   int stage_count;  // in_features / 128: stages of a whole tile
   int token_tiles;
-  int feature_groups;  // feature tiles / multicast, rounded up
-  int token_group;     // token tiles that are walked before the next feature group, so that weights meet in L2
-  int split;           // blocks of a cluster that share a tile's inputs
-  int scratch_split;   // clusters that share a tile's inputs: their sums meet in `scratch`
-  int32_t* scratch;    // [scratch_split][num_tokens][out_features] sums, for the reduction kernel (scratch_split > 1)
-  int multicast;       // blocks of a cluster with neighbouring feature tiles, which share the activations
+  int feature_groups;    // feature tiles / multicast, rounded up
+  int token_group;       // token tiles that are walked before the next feature group, so that weights meet in L2
+  Divisor per_slice;     // token_tiles * feature_groups: work items of one slice of the inputs
+  Divisor per_group;     // token_group * feature_groups
+  Divisor group_tokens;  // token tiles of a full group,
+  Divisor last_tokens;   // and of the last one
+  int split;             // blocks of a cluster that share a tile's inputs
+  int scratch_split;     // clusters that share a tile's inputs: their sums meet in `scratch`
+  int32_t* scratch;      // [scratch_split][num_tokens][out_features] sums, for the reduction kernel (scratch_split > 1)
+  int multicast;         // blocks of a cluster with neighbouring feature tiles, which share the activations
 };
 
 }  // namespace marlin_qqq::cuda::sm90

@@ -54,35 +54,35 @@ struct WorkTile {
 
 __device__ __forceinline__ WorkTile work_tile(const Parameters& p, int work, int block_rank, int tile_tokens,
                                               int tile_features) {
-  const int per_slice = p.token_tiles * p.feature_groups;
-  const int scratch_rank = work / per_slice;
-  const int in_slice = work - scratch_rank * per_slice;
-  const int per_group = p.token_group * p.feature_groups;
-  const int group = in_slice / per_group;
-  const int in_group = in_slice - group * per_group;
-  const int group_tokens = min(p.token_group, p.token_tiles - group * p.token_group);
-  const int feature_group = in_group / group_tokens;
-  const int token_tile = group * p.token_group + in_group - feature_group * group_tokens;
+  const int scratch_rank = p.per_slice.quotient(work);
+  const int in_slice = work - scratch_rank * static_cast<int>(p.per_slice.divisor);
+  const int group = p.per_group.quotient(in_slice);
+  const int in_group = in_slice - group * static_cast<int>(p.per_group.divisor);
+  const Divisor& group_tokens = p.token_tiles - group * p.token_group >= p.token_group ? p.group_tokens : p.last_tokens;
+  const int feature_group = group_tokens.quotient(in_group);
+  const int token_tile = group * p.token_group + in_group - feature_group * static_cast<int>(group_tokens.divisor);
   const int cluster_rank = block_rank / p.multicast;
   const int feature_tile = feature_group * p.multicast + block_rank - cluster_rank * p.multicast;
   const int slices = p.split * p.scratch_split;
   const int slice = scratch_rank * p.split + cluster_rank;
-  return {token_tile * tile_tokens, feature_tile * tile_features, p.stage_count * slice / slices,
-          p.stage_count * (slice + 1) / slices, scratch_rank};
+  const bool whole = slices == 1;
+  return {token_tile * tile_tokens, feature_tile * tile_features, whole ? 0 : p.stage_count * slice / slices,
+          whole ? p.stage_count : p.stage_count * (slice + 1) / slices, scratch_rank};
 }
 
 template <class C>
 __device__ __forceinline__ void load_weights(const Parameters& p, const Ring<C>& ring, int stage, const WorkTile& tile,
                                              int block) {
+  const uint64_t hint = p.token_tiles == 1 ? kEvictFirst : kEvictNormal;  // read once, or once a token tile
   const uint32_t full = ring.full(stage);
   barrier_arrive_expect(full, C::kStageBytes);
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
     tma_load(&p.weights, ring.weights(stage) + panel * (C::kWeightBytes / C::kPanels), full,
-             2 * (tile.feature + 128 * panel), 8 * block, kEvictFirst);
+             2 * (tile.feature + C::kPanelFeatures * panel), 8 * block, hint);
     if constexpr (C::kGrouped) {
       tma_load(&p.group_scales, ring.scales(stage) + panel * (C::kScaleBytes / C::kPanels), full,
-               tile.feature + 128 * panel, block, kEvictFirst);
+               tile.feature + C::kPanelFeatures * panel, block, hint);
     }
   }
 }
@@ -99,21 +99,38 @@ template <class C>
 __device__ __forceinline__ void load_activations(const Parameters& p, const Ring<C>& ring, int stage,
                                                  const WorkTile& tile, int block, const Multicast& multicast) {
   if (C::kDepthSplit || multicast.blocks == 1) {
-    tma_load(&p.activations, ring.activations(stage), ring.full(stage), 128 * block, tile.token, kEvictLast);
+    tma_load(&p.activations, ring.activations(stage), ring.full(stage), 128 * block, tile.token, kEvictNormal);
   } else {
     const int row = multicast.rank * multicast.rows;
     tma_load_multicast(&p.activations, ring.activations(stage) + row * 128, ring.full(stage), 128 * block,
-                       tile.token + row, multicast.mask, kEvictLast);
+                       tile.token + row, multicast.mask, kEvictNormal);
+  }
+}
+
+// Weights of the stages begin..end-1 -> L2.
+template <class C>
+__device__ __forceinline__ void prefetch_weights(const Parameters& p, const WorkTile& tile, int begin, int end) {
+#pragma unroll 1
+  for (int block = begin; block < end; ++block) {
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; ++panel) {
+      tma_prefetch(&p.weights, 2 * (tile.feature + C::kPanelFeatures * panel), 8 * block);
+      if constexpr (C::kGrouped) tma_prefetch(&p.group_scales, tile.feature + C::kPanelFeatures * panel, block);
+    }
   }
 }
 
 // The first fill of a ring, in one thread. Weights do not depend on the kernel before this one when the caller has
-// promised so; everything else has to wait for it. Returns the number of stages filled.
+// promised so; everything else has to wait for it. Without the promise the same weights are at least brought to L2
+// meanwhile: whoever writes them writes them there. Returns the number of stages filled.
 template <class C>
 __device__ __forceinline__ int fill_ring(const Parameters& p, const Ring<C>& ring, const WorkTile& tile,
                                          const Multicast& multicast) {
   const int filled = min(tile.stage_end - tile.stage_begin, C::kStages);
-  if (!p.constant_weights) wait_for_previous_kernel();
+  if (!p.constant_weights) {
+    prefetch_weights<C>(p, tile, tile.stage_begin, tile.stage_begin + filled);
+    wait_for_previous_kernel();
+  }
   for (int i = 0; i < filled; ++i) load_weights<C>(p, ring, i, tile, tile.stage_begin + i);
   if (p.constant_weights) wait_for_previous_kernel();
   for (int i = 0; i < filled; ++i) load_activations<C>(p, ring, i, tile, tile.stage_begin + i, multicast);

@@ -14,6 +14,9 @@ __device__ __forceinline__ void finish_partial(const Parameters& p, uint32_t sha
                                                int cluster_size, int block_rank, int warpgroup, int warp, int lane,
                                                const int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
   const uint32_t partial = shared + C::kPartialOffset;
+  // Fetched before the sums meet. Features beyond the last (of a tile that sticks out) read the last ones' factors.
+  const int column = tile.feature + 4 * static_cast<int>(threadIdx.x % (C::kFeatures / 4));
+  const ColumnFactors factors(p.channel_scale, p.bias, min(column, p.out_features - 4), p.output_is_bfloat16);
   named_barrier_sync(8, C::kConsumerThreads);  // all warpgroups are done with the stages
   store_partial<C>(partial, warpgroup, warp, lane, sums);
   if (cluster_size > 1) {
@@ -22,13 +25,14 @@ __device__ __forceinline__ void finish_partial(const Parameters& p, uint32_t sha
   } else {
     named_barrier_sync(8, C::kConsumerThreads);
   }
-  reduce_tile<C>(p, partial, tile, block_rank, threadIdx.x);
+  reduce_tile<C>(p, partial, tile, factors, block_rank, threadIdx.x);
 }
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(const __grid_constant__ Parameters p) {
   extern __shared__ uint8_t dynamic_shared_memory[];
-  const uint32_t shared = (shared_address(dynamic_shared_memory) + 1023) & ~1023u;
+  uint32_t shared = (shared_address(dynamic_shared_memory) + 1023) & ~1023u;
+  asm volatile("" : "+r"(shared));  // kept, not computed anew for every stage
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
   const int cluster_size = p.split * p.multicast;
@@ -39,6 +43,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
 
   // Barriers
   if (threadIdx.x == 0) {
+    tma_prefetch_map(&p.weights);
+    if constexpr (C::kGrouped) tma_prefetch_map(&p.group_scales);
+    tma_prefetch_map(&p.activations);
 #pragma unroll
     for (int r = 0; r < C::kRings; ++r) {
       const auto ring = Ring<C>::of(shared, r);
@@ -124,17 +131,25 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
           reinterpret_cast<float*>(__cvta_shared_to_generic(shared + C::kTokenScaleOffset)) + C::kTokens * warpgroup;
       wait_for_previous_kernel();
       while (next_tile(tile)) {
+        const int first_feature = tile.feature + warpgroup * C::kWarpgroupFeatures;
+        FeatureFactors<C> factors;
+        TokenScales<C> own_token_scales;
         if (!partial) {
-          for (int i = threadIdx.x % 128; i < C::kTokens; i += 128) {
-            token_scales[i] = tile.token + i < p.num_tokens ? p.token_scale[tile.token + i] : 0.0f;
-          }
+          factors.load(p, first_feature, warp % 4, lane);
+          own_token_scales.load(p, tile.token);
         }
         consume<C>(ring, position, tile, reader, release, sums);
         if (partial) {
           finish_partial<C>(p, shared, tile, cluster_size, block_rank, warpgroup, warp % 4, lane, sums);
         } else {
-          store_tile<C>(p, shared, token_scales, tile.token, tile.feature + warpgroup * C::kWarpgroupFeatures,
-                        warpgroup, warp % 4, lane, sums);
+          own_token_scales.store(token_scales);
+          if (p.bias != nullptr) {
+            store_tile<C, true>(p, shared, token_scales, factors, tile.token, first_feature, warpgroup, warp % 4, lane,
+                                sums);
+          } else {
+            store_tile<C, false>(p, shared, token_scales, factors, tile.token, first_feature, warpgroup, warp % 4, lane,
+                                 sums);
+          }
         }
       }
       if (threadIdx.x % 128 == 0) tma_store_wait_all();

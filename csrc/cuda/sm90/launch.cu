@@ -1,5 +1,6 @@
 #include "cuda/sm90/launch.h"
 
+#include <algorithm>
 #include <array>
 #include <utility>
 
@@ -45,11 +46,11 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
                                         tile.tokens / plan.multicast, 128, /*swizzle=*/true);
   if (error == cudaSuccess) {
     error = encode_tensor_map(&p.weights, ElementType::kUInt32, arguments.packed_weight, inputs / 16, 2 * features, 8,
-                              256, /*swizzle=*/false);
+                              2 * tile.panel_features(), /*swizzle=*/false);
   }
   if (error == cudaSuccess && grouped) {
     error = encode_tensor_map(&p.group_scales, ElementType::kUInt16, arguments.group_scale, inputs / 128, features, 1,
-                              128, /*swizzle=*/false);
+                              tile.panel_features(), /*swizzle=*/false);
   }
   const bool partial = tile.depth_split() || plan.split > 1 || plan.scratch_split > 1;
   if (error == cudaSuccess && !partial) {
@@ -70,7 +71,11 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   p.stage_count = divide_up(problem.in_features, 128);
   p.token_tiles = divide_up(problem.num_tokens, tile.tokens);
   p.feature_groups = divide_up(problem.out_features, tile.features() * plan.multicast);
-  p.token_group = 8;
+  p.token_group = std::min(8, p.token_tiles);
+  p.per_slice = Divisor::of(p.token_tiles * p.feature_groups);
+  p.per_group = Divisor::of(p.token_group * p.feature_groups);
+  p.group_tokens = Divisor::of(p.token_group);
+  p.last_tokens = Divisor::of(std::max(1, p.token_tiles % p.token_group));
   p.split = plan.split;
   p.scratch_split = plan.scratch_split;
   p.scratch = static_cast<int32_t*>(scratch);

@@ -21,8 +21,8 @@ struct WeightReader {
   __device__ __forceinline__ WeightReader(int warpgroup, int warp, int lane) {
     const int feature =
         (C::kDepthSplit ? 0 : warpgroup * C::kWarpgroupFeatures) + chunk_feature<C::kBlocks>(warp, lane / 8);
-    const int panel = feature / 128;
-    const int tile_of_panel = feature % 128 / 64;
+    const int panel = feature / C::kPanelFeatures;
+    const int tile_of_panel = feature % C::kPanelFeatures / 64;
     const int chunk = feature % 64 / 16;
     weight_offset = panel * (C::kWeightBytes / C::kPanels) + tile_of_panel * 512 + 16 * lane + 4 * chunk;
     scale_offset = panel * (C::kScaleBytes / C::kPanels) + tile_of_panel * 128 + 16 * (lane / 4) + 4 * chunk;
@@ -43,16 +43,19 @@ struct WeightReader {
   }
 };
 
-// The packed words of one group of products: kStepsPerGroup steps of 32 inputs, two packed rows a step.
+// A stage's 128 inputs are multiplied in four steps of 32, the k of an int8 product.
+inline constexpr int kSteps = 4;
+
+// The packed words of one step: two packed rows.
 template <class C>
-struct PackedGroup {
-  uint32_t words[2 * C::kStepsPerGroup][C::kBlocks];
+struct PackedStep {
+  uint32_t words[2][C::kBlocks];
 };
 
-// The A operands of one group of products.
+// The A operands of one step.
 template <class C>
 struct Operands {
-  uint32_t a[C::kStepsPerGroup][C::kBlocks][4];
+  uint32_t a[C::kBlocks][4];
 };
 
 // The group scales of a slice, as stored and ready for use.
@@ -66,10 +69,10 @@ struct Scales {
 };
 
 template <class C>
-__device__ __forceinline__ void fetch_group(PackedGroup<C>& packed, uint32_t weights, int group) {
+__device__ __forceinline__ void fetch_step(PackedStep<C>& packed, uint32_t weights, int step) {
 #pragma unroll
-  for (int row = 0; row < 2 * C::kStepsPerGroup; ++row) {
-    WeightReader<C>::load(packed.words[row], weights + (2 * C::kStepsPerGroup * group + row) * 1024);
+  for (int row = 0; row < 2; ++row) {
+    WeightReader<C>::load(packed.words[row], weights + (2 * step + row) * 8 * C::kPanelFeatures);
   }
 }
 
@@ -94,10 +97,10 @@ __device__ __forceinline__ void fetch_scales(Scales<C>& scales, uint32_t address
 }
 
 template <class C>
-__device__ __forceinline__ void dequantize_group(Operands<C>& operands, const PackedGroup<C>& packed,
-                                                 const Scales<C>& scales) {
+__device__ __forceinline__ void dequantize_step(Operands<C>& operands, const PackedStep<C>& packed,
+                                                const Scales<C>& scales) {
 #pragma unroll
-  for (int row = 0; row < 2 * C::kStepsPerGroup; ++row) {
+  for (int row = 0; row < 2; ++row) {
 #pragma unroll
     for (int j = 0; j < C::kBlocks; ++j) {
       dequant::Columns columns;
@@ -106,10 +109,10 @@ __device__ __forceinline__ void dequantize_group(Operands<C>& operands, const Pa
       } else {
         columns = dequant::dequantize_per_channel(packed.words[row][j]);
       }
-      operands.a[row / 2][j][2 * (row % 2)] = columns.column0;
-      operands.a[row / 2][j][2 * (row % 2) + 1] = columns.column8;
+      operands.a[j][2 * row] = columns.column0;
+      operands.a[j][2 * row + 1] = columns.column8;
       // Computed here, ahead of the fence, and not sunk to the product that reads it.
-      asm volatile("" : "+r"(operands.a[row / 2][j][2 * (row % 2)]), "+r"(operands.a[row / 2][j][2 * (row % 2) + 1]));
+      asm volatile("" : "+r"(operands.a[j][2 * row]), "+r"(operands.a[j][2 * row + 1]));
     }
   }
 }
@@ -154,71 +157,67 @@ struct StageRefill {
 // Sums of one tile. sums[j][4 * i + 2 * b + e]: feature chunk_feature(warp, lane / 8) + 16 * j + 8 * b + lane / 4 of
 // the warpgroup, token 8 * i + 2 * (lane % 4) + e.
 //
-// Three things run at once: the tensor core multiplies group g, the dequantisation prepares g + 1, and shared memory
-// delivers the packed words of g + 2.
+// Three things run at once: the tensor core multiplies step s, the dequantisation prepares s + 1, and shared memory
+// delivers the packed words of s + 2.
 // `stage_is_free(stage)` is called once for every stage that has been read.
 template <class C, class StageIsFree>
 __device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C>& position, const WorkTile& tile,
                                         const WeightReader<C>& reader, StageIsFree& stage_is_free,
                                         int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
-  constexpr int kGroups = 4 / C::kStepsPerGroup;  // groups of products a slice of 128 inputs; even
-  static_assert(kGroups % 2 == 0, "the double buffers must return to their start with each stage");
-  PackedGroup<C> packed[2];
+  static_assert(kSteps % 2 == 0, "the double buffers must return to their start with each stage");
+  PackedStep<C> packed[2];
   Operands<C> operands[2];
   Scales<C> scales;
   barrier_wait(ring.full(position.stage), position.phase);
   fetch_scales<C>(scales, ring.scales(position.stage) + reader.scale_offset);
-  fetch_group<C>(packed[0], ring.weights(position.stage) + reader.weight_offset, 0);
-  fetch_group<C>(packed[1], ring.weights(position.stage) + reader.weight_offset, 1);
-  dequantize_group<C>(operands[0], packed[0], scales);
+  fetch_step<C>(packed[0], ring.weights(position.stage) + reader.weight_offset, 0);
+  fetch_step<C>(packed[1], ring.weights(position.stage) + reader.weight_offset, 1);
+  dequantize_step<C>(operands[0], packed[0], scales);
 
 #pragma unroll
   for (int j = 0; j < C::kBlocks; ++j) keep_in_place(sums[j]);
   int32_t accumulate = 0;
   int previous_stage = -1;
+  const uint64_t first_activations = swizzled_descriptor(ring.activations(0));
   for (int block = tile.stage_begin; block < tile.stage_end; ++block) {
     const int stage = position.stage;
     const bool last = block + 1 == tile.stage_end;
-    const uint64_t activations = swizzled_descriptor(ring.activations(stage));
+    const uint64_t activations = first_activations + stage * (C::kActivationBytes / 16);
     const uint32_t weights = ring.weights(stage) + reader.weight_offset;
     position.advance();
     const uint32_t next_weights = ring.weights(position.stage) + reader.weight_offset;
     PackedScales<C> next_scales;
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
+    for (int step = 0; step < kSteps; ++step) {
       wgmma_fence();
 #pragma unroll
-      for (int step = 0; step < C::kStepsPerGroup; ++step) {
-#pragma unroll
-        for (int j = 0; j < C::kBlocks; ++j) {
-          WgmmaInt8<C::kTokens>::issue(sums[j], operands[group % 2].a[step][j],
-                                       activations + (group * C::kStepsPerGroup + step) * kDescriptorStep32,
-                                       accumulate);
-        }
-        accumulate = 1;
+      for (int j = 0; j < C::kBlocks; ++j) {
+        WgmmaInt8<C::kTokens>::issue(sums[j], operands[step % 2].a[j], activations + step * kDescriptorStep32,
+                                     accumulate);
       }
+      accumulate = 1;
       wgmma_commit();
 
-      // The words of the group after the next, possibly of the next stage
-      if (group + 2 < kGroups) {
-        fetch_group<C>(packed[group % 2], weights, group + 2);
+      // The words of the step after the next, possibly of the next stage
+      if (step + 2 < kSteps) {
+        fetch_step<C>(packed[step % 2], weights, step + 2);
       } else if (!last) {
-        if (group + 2 == kGroups) {
+        if (step + 2 == kSteps) {
           barrier_wait(ring.full(position.stage), position.phase);
           fetch_packed_scales<C>(next_scales, ring.scales(position.stage) + reader.scale_offset);
         }
-        fetch_group<C>(packed[group % 2], next_weights, group + 2 - kGroups);
+        fetch_step<C>(packed[step % 2], next_weights, step + 2 - kSteps);
       }
-      // The next group's operands, once the group before this one has let go of their registers. Groups before this one
+      // The next step's operands, once the step before this one has let go of their registers. Steps before this one
       // are done then: the stage before is free.
       wgmma_wait<1>();
-      if (group + 1 < kGroups) {
-        dequantize_group<C>(operands[(group + 1) % 2], packed[(group + 1) % 2], scales);
+      if (step + 1 < kSteps) {
+        dequantize_step<C>(operands[(step + 1) % 2], packed[(step + 1) % 2], scales);
       } else if (!last) {
         spread_scales<C>(scales, next_scales);
-        dequantize_group<C>(operands[0], packed[0], scales);
+        dequantize_step<C>(operands[0], packed[0], scales);
       }
-      if (group == 0 && previous_stage >= 0) stage_is_free(previous_stage);
+      if (step == 0 && previous_stage >= 0) stage_is_free(previous_stage);
     }
     previous_stage = stage;
   }

@@ -1,0 +1,5 @@
+#include "cuda/sm90/instantiate.cuh"
+
+MARLIN_QQQ_INSTANTIATE_SM90("narrow48")
+MARLIN_QQQ_INSTANTIATE_SM90("narrow64")
+MARLIN_QQQ_INSTANTIATE_SM90("narrow80")

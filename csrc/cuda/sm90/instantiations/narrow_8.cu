@@ -1,0 +1,6 @@
+#include "cuda/sm90/instantiate.cuh"
+
+MARLIN_QQQ_INSTANTIATE_SM90("narrow8")
+MARLIN_QQQ_INSTANTIATE_SM90("narrow16")
+MARLIN_QQQ_INSTANTIATE_SM90("narrow24")
+MARLIN_QQQ_INSTANTIATE_SM90("narrow32")
