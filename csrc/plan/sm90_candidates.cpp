@@ -49,6 +49,8 @@ double estimate_us(const Problem& problem, const DeviceProperties& device, const
   } else {
     tail += outputs / model.epilogue_outputs_per_cycle;  // the stores before the last tile's are hidden
   }
+  // Half a grid: two launches share the multiprocessors, and one fetches its weights while the other multiplies.
+  if (tile.blocks_per_sm == 1 && 2 * works * cluster_size <= usable_sms) tail -= model.neighbour_cycles;
   const double cycles_a_us = device.clock_ghz * 1e3;
   const double compute_us =
       (mainloop + waves * ending) / cycles_a_us * (1 + model.multicast_penalty * (plan.multicast - 1));
@@ -58,7 +60,7 @@ double estimate_us(const Problem& problem, const DeviceProperties& device, const
     const double sums = 8.0 * plan.scratch_split * static_cast<double>(problem.num_tokens) * problem.out_features;
     us += model.reduction_kernel_us + sums / model.scratch_bytes_per_us;
   }
-  return us;
+  return std::max(us, 0.1);
 }
 
 }  // namespace
