@@ -19,8 +19,11 @@ struct SliceCycles {
 };
 
 // Times that overlap: the largest dominates, and the others show when they come close.
+// Scaled by the larger one, so that no power overflows.
 inline double norm(double a, double b, double order) {
-  return std::pow(std::pow(a, order) + std::pow(b, order), 1 / order);
+  const double larger = std::max(a, b);
+  if (larger <= 0) return 0;
+  return larger * std::pow(1 + std::pow(std::min(a, b) / larger, order), 1 / order);
 }
 
 inline double overlapped(const SliceCycles& c, double order) {

@@ -5,52 +5,52 @@
 namespace marlin_qqq::plan {
 
 // Cycles are of the device's nominal clock; a rate is a multiprocessor's unless it says otherwise.
-// Fitted on NVIDIA H100 80GB HBM3: 504 problems, 5,207 candidates, mean loss 0.9%.
+// Fitted on NVIDIA H100 80GB HBM3: 720 problems, 7,397 candidates, mean loss 0.9%.
 struct Sm90Model {
   // int8 products of wgmma, a cycle
-  double macs_per_cycle = 3584;
+  double macs_per_cycle = 3650;
   // bytes from L2 into shared memory, a cycle
-  double feed_bytes_per_cycle = 86.39;
+  double feed_bytes_per_cycle = 86.68;
   // cycles that dequantise an output feature's 128 inputs, per-channel and with group scales
-  double channel_dequant_cycles = 1.901;
-  double group_dequant_cycles = 4.252;
+  double channel_dequant_cycles = 1.625;
+  double group_dequant_cycles = 4.228;
   // order of the norm that joins these three: how well the units overlap, the larger, the better
-  double unit_norm = 2.014;
+  double unit_norm = 1.847;
 
   // cycles that a ring's stage takes at least, however idle the multiprocessor is
-  double channel_stage_latency = 358.1;
-  double group_stage_latency = 731.5;
+  double channel_stage_latency = 333.7;
+  double group_stage_latency = 772.3;
   // and more of them for every token and 64 features of the tile
-  double stage_latency_per_token = 0.08882;
+  double stage_latency_per_token = 0.08757;
   // order of the norm that joins the stages' latency with the units' work
-  double latency_norm = 25.36;
+  double latency_norm = 43.18;
 
   // cycles of a launch: first bytes to arrive, barriers, the last store
-  double launch_cycles = 2897;
+  double launch_cycles = 2044;
   // cycles of it that are hidden where the next launch's blocks find multiprocessors of their own
-  double neighbour_cycles = 2208;
+  double neighbour_cycles = 3043;
   // cycles that reduce a cluster of two blocks, and for every further block
-  double cluster_reduction_cycles = 8123;
-  double cluster_reduction_per_block = 978.2;
+  double cluster_reduction_cycles = 9713;
+  double cluster_reduction_per_block = 1084;
   // cycles that reduce within a block
-  double block_reduction_cycles = 2582;
+  double block_reduction_cycles = 3928;
   // bytes of partial sums read, a cycle
-  double reduction_bytes_per_cycle = 128.8;
+  double reduction_bytes_per_cycle = 515.2;
   // outputs of the last tile that are stored, a cycle
-  double epilogue_outputs_per_cycle = 309.4;
+  double epilogue_outputs_per_cycle = 334;
   // cycles between a block's tiles
-  double wave_cycles = 2482;
+  double wave_cycles = 2355;
   // microseconds of the second, dependent launch that adds the sums in scratch
-  double reduction_kernel_us = 0.6241;
+  double reduction_kernel_us = 0.7582;
   // bytes of such sums written and read in L2 by the whole GPU, a microsecond
-  double scratch_bytes_per_us = 4.679e6;
+  double scratch_bytes_per_us = 4.309e6;
   // part of its time that a block waits for each neighbour it shares activations with
-  double multicast_penalty = 0.08403;
+  double multicast_penalty = 0.09211;
 
   // part of the memory bus's rate that a product reaches
-  double bandwidth_fraction = 1.121;
+  double bandwidth_fraction = 1.069;
   // order of the norm that joins the bytes' time with the multiprocessors'
-  double bandwidth_norm = 2.478;
+  double bandwidth_norm = 2.664;
 };
 
 inline constexpr Sm90Model kSm90Model{};
