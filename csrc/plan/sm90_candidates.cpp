@@ -23,7 +23,8 @@ double estimate_us(const Problem& problem, const DeviceProperties& device, const
   const bool partial = tile.depth_split() || total_split > 1;
 
   const SliceCycles slice = {features * tokens * 128 / model.macs_per_cycle,
-                             features * (grouped ? model.group_dequant_cycles : model.channel_dequant_cycles),
+                             features * (grouped ? model.group_dequant_cycles : model.channel_dequant_cycles) *
+                                 (tile.warp_rings() ? model.warp_dequant_fraction : 1.0),
                              (tokens * 128 / plan.multicast + features * 64) / model.feed_bytes_per_cycle};
   const int64_t works = divide_up(problem.num_tokens, tile.tokens) *
                         divide_up(problem.out_features, int64_t{tile.features()} * plan.multicast) * plan.scratch_split;
@@ -34,8 +35,10 @@ double estimate_us(const Problem& problem, const DeviceProperties& device, const
   const int usable_sms = device.clusters[cluster_size - 1] * cluster_size;
   const auto rounds = static_cast<double>(divide_up(works * cluster_size, usable_sms));
   const auto stages = static_cast<double>(divide_up(problem.in_features / 128, total_split));
-  const double latency = (grouped ? model.group_stage_latency : model.channel_stage_latency) +
-                         model.stage_latency_per_token * tokens * tile.blocks;
+  const double channel_latency = tile.warp_rings() ? model.warp_channel_stage_latency : model.channel_stage_latency;
+  const double group_latency = tile.warp_rings() ? model.warp_group_stage_latency : model.group_stage_latency;
+  const double latency =
+      (grouped ? group_latency : channel_latency) + model.stage_latency_per_token * tokens * tile.blocks;
   const double mainloop = norm(rounds * stages * overlapped(slice, model.unit_norm),
                                waves * std::ceil(stages / tile.rings()) * latency, model.latency_norm);
 

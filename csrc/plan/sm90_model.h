@@ -5,52 +5,57 @@
 namespace marlin_qqq::plan {
 
 // Cycles are of the device's nominal clock; a rate is a multiprocessor's unless it says otherwise.
-// Fitted on NVIDIA H100 80GB HBM3: 720 problems, 7,397 candidates, mean loss 0.9%.
+// Fitted on NVIDIA H100 80GB HBM3: 742 problems, 7,585 candidates, mean loss 0.9%.
 struct Sm90Model {
   // int8 products of wgmma, a cycle
-  double macs_per_cycle = 3650;
+  double macs_per_cycle = 3658;
   // bytes from L2 into shared memory, a cycle
-  double feed_bytes_per_cycle = 86.68;
+  double feed_bytes_per_cycle = 86.56;
   // cycles that dequantise an output feature's 128 inputs, per-channel and with group scales
-  double channel_dequant_cycles = 1.625;
-  double group_dequant_cycles = 4.228;
+  double channel_dequant_cycles = 1.606;
+  double group_dequant_cycles = 4.211;
   // order of the norm that joins these three: how well the units overlap, the larger, the better
-  double unit_norm = 1.847;
+  double unit_norm = 1.832;
 
   // cycles that a ring's stage takes at least, however idle the multiprocessor is
-  double channel_stage_latency = 333.7;
-  double group_stage_latency = 772.3;
-  // and more of them for every token and 64 features of the tile
-  double stage_latency_per_token = 0.08757;
+  double channel_stage_latency = 333;
+  double group_stage_latency = 776.3;
+  // the same for the rings of single warps, which take all of a tile's features
+  double warp_channel_stage_latency = 600;
+  double warp_group_stage_latency = 1496;
+  // what dequantisation costs such warps, against others
+  double warp_dequant_fraction = 0.8431;
+  // and more cycles a stage for every token and 64 features of the tile
+  double stage_latency_per_token = 0.08737;
   // order of the norm that joins the stages' latency with the units' work
-  double latency_norm = 43.18;
+  double latency_norm = 51.42;
 
   // cycles of a launch: first bytes to arrive, barriers, the last store
-  double launch_cycles = 2044;
+  double launch_cycles = 2025;
   // cycles of it that are hidden where the next launch's blocks find multiprocessors of their own
-  double neighbour_cycles = 3043;
+  double neighbour_cycles = 3035;
   // cycles that reduce a cluster of two blocks, and for every further block
-  double cluster_reduction_cycles = 9713;
-  double cluster_reduction_per_block = 1084;
+  double cluster_reduction_cycles = 9809;
+  double cluster_reduction_per_block = 1088;
   // cycles that reduce within a block
-  double block_reduction_cycles = 3928;
+  double block_reduction_cycles = 4010;
   // bytes of partial sums read, a cycle
-  double reduction_bytes_per_cycle = 515.2;
+  double reduction_bytes_per_cycle = 929.2;
   // outputs of the last tile that are stored, a cycle
-  double epilogue_outputs_per_cycle = 334;
+  double epilogue_outputs_per_cycle = 358.8;
   // cycles between a block's tiles
-  double wave_cycles = 2355;
+  double wave_cycles = 2310;
   // microseconds of the second, dependent launch that adds the sums in scratch
-  double reduction_kernel_us = 0.7582;
+  double reduction_kernel_us = 0.7664;
   // bytes of such sums written and read in L2 by the whole GPU, a microsecond
-  double scratch_bytes_per_us = 4.309e6;
+  double scratch_bytes_per_us = 4.291e6;
   // part of its time that a block waits for each neighbour it shares activations with
-  double multicast_penalty = 0.09211;
+  double multicast_penalty = 0.09299;
 
   // part of the memory bus's rate that a product reaches
-  double bandwidth_fraction = 1.069;
+  double bandwidth_fraction = 1.06;
   // order of the norm that joins the bytes' time with the multiprocessors'
-  double bandwidth_norm = 2.664;
+  double bandwidth_norm = 2.678;
 };
 
 inline constexpr Sm90Model kSm90Model{};
@@ -69,6 +74,9 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"unit_norm", &Sm90Model::unit_norm},
     {"channel_stage_latency", &Sm90Model::channel_stage_latency},
     {"group_stage_latency", &Sm90Model::group_stage_latency},
+    {"warp_channel_stage_latency", &Sm90Model::warp_channel_stage_latency},
+    {"warp_group_stage_latency", &Sm90Model::warp_group_stage_latency},
+    {"warp_dequant_fraction", &Sm90Model::warp_dequant_fraction},
     {"stage_latency_per_token", &Sm90Model::stage_latency_per_token},
     {"latency_norm", &Sm90Model::latency_norm},
     {"launch_cycles", &Sm90Model::launch_cycles},

@@ -16,11 +16,15 @@ enum class Cooperation {
   // at
   // the end. For few tokens: no warpgroup waits for another, and no registers go to a warp that only copies.
   kDepth,
+  // Every warp has a ring of its own, its part of the inputs and all of the tile's 64 features, which it multiplies
+  // with
+  // mma.sync. For the fewest tokens: warps never meet before the end, and one load serves four products.
+  kWarp,
 };
 
 struct Sm90Tile {
   std::string_view name;
-  int blocks;  // 64-row products a warpgroup keeps: its features are 64 * blocks. 1 or 2 (4: up to 64 tokens)
+  int blocks;  // 64-row products a warpgroup keeps: its features are 64 * blocks. 1 or 2. kWarp: 4, of 16 rows a warp
   int tokens;  // n of the product: a multiple of 8 (up to 32) or 16 (up to 256). Sums a thread: blocks * tokens / 2 <=
                // 128
   Cooperation cooperation;
@@ -29,9 +33,10 @@ struct Sm90Tile {
   int blocks_per_sm;  // thread blocks that must fit on a multiprocessor together
 
   // Bytes and shapes that follow from a row
-  constexpr bool depth_split() const { return cooperation == Cooperation::kDepth; }
-  constexpr int rings() const { return depth_split() ? warpgroups : 1; }
-  constexpr int warpgroup_features() const { return 64 * blocks; }
+  constexpr bool warp_rings() const { return cooperation == Cooperation::kWarp; }
+  constexpr bool depth_split() const { return cooperation != Cooperation::kFeatures; }
+  constexpr int rings() const { return warp_rings() ? 4 * warpgroups : depth_split() ? warpgroups : 1; }
+  constexpr int warpgroup_features() const { return (warp_rings() ? 16 : 64) * blocks; }
   constexpr int features() const { return warpgroup_features() * (depth_split() ? 1 : warpgroups); }
   constexpr int panel_features() const { return features() < 128 ? features() : 128; }  // of one copy of weights
   constexpr int activation_bytes() const { return tokens * 128; }
@@ -61,6 +66,11 @@ struct Sm90Tile {
 
 // clang-format off
 inline constexpr Sm90Tile kSm90Tiles[] = {
+    // The fewest tokens: eight warps, each with its own stages.
+    {"warp8",      4,   8, Cooperation::kWarp,     2,  4, 1},
+    {"warp16",     4,  16, Cooperation::kWarp,     2,  4, 1},
+    {"warp24",     4,  24, Cooperation::kWarp,     2,  3, 1},
+    {"warp32",     4,  32, Cooperation::kWarp,     2,  3, 1},
     // Narrow: 64 features and all of the inputs, so that most layers need no split; a ring of four to ten stages a
     // warpgroup keeps 200 KB on their way.
     {"narrow8",    1,   8, Cooperation::kDepth,    4, 10, 1},

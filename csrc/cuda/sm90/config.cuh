@@ -16,6 +16,7 @@ struct Config {
   static constexpr plan::Sm90Tile kTile = plan::kSm90Tiles[kTileIndex];
   static constexpr bool kGrouped = kWithGroupScales;
   static constexpr bool kDepthSplit = kTile.depth_split();
+  static constexpr bool kWarpRings = kTile.warp_rings();
 
   static constexpr int kBlocks = kTile.blocks;  // products of 64 features a warpgroup
   static constexpr int kTokens = kTile.tokens;

@@ -151,7 +151,7 @@ template <class C>
 __device__ __forceinline__ void store_partial(uint32_t partial, int warpgroup, int warp, int lane,
                                               const int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
   constexpr int kPitch = C::kPartialPitch;
-  const int copy = C::kDepthSplit ? warpgroup : 0;
+  const int copy = C::kWarpRings ? 4 * warpgroup + warp : C::kDepthSplit ? warpgroup : 0;
   const int first_feature = C::kDepthSplit ? 0 : warpgroup * C::kWarpgroupFeatures;
 #pragma unroll
   for (int j = 0; j < C::kBlocks; ++j) {
@@ -162,7 +162,8 @@ __device__ __forceinline__ void store_partial(uint32_t partial, int warpgroup, i
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int token = 8 * i + 2 * (lane % 4) + e;
-          const int feature = first_feature + chunk_feature<C::kBlocks>(warp, lane / 8) + 16 * j + 8 * b + lane / 4;
+          const int chunk = C::kWarpRings ? 0 : chunk_feature<C::kBlocks>(warp, lane / 8);
+          const int feature = first_feature + chunk + 16 * j + 8 * b + lane / 4;
           asm volatile("st.shared.s32 [%0], %1;" ::"r"(partial + 4 * ((copy * C::kTokens + token) * kPitch + feature)),
                        "r"(sums[j][4 * i + 2 * b + e])
                        : "memory");

@@ -5,6 +5,7 @@
 #include "cuda/sm90/config.cuh"
 #include "cuda/sm90/epilogue.cuh"
 #include "cuda/sm90/mainloop.cuh"
+#include "cuda/sm90/warp_mainloop.cuh"
 
 namespace marlin_qqq::cuda::sm90 {
 
@@ -98,8 +99,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
     // Consumers
     if constexpr (!C::kDepthSplit) registers_increase<232>();
     const int warpgroup = warp / 4;
-    const auto ring = Ring<C>::of(shared, C::kDepthSplit ? warpgroup : 0);
-    const WeightReader<C> reader(warpgroup, warp % 4, lane);
+    const int ring_index = C::kWarpRings ? warp : C::kDepthSplit ? warpgroup : 0;
+    const auto ring = Ring<C>::of(shared, ring_index);
     auto next_tile = tile_walk();
     RingPosition<C> position;
     WorkTile tile;
@@ -108,15 +109,19 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
       next_tile(tile);
       const WorkTile whole = tile;
       const int stages = whole.stage_end - whole.stage_begin;
-      tile.stage_begin = whole.stage_begin + stages * warpgroup / C::kRings;
-      tile.stage_end = whole.stage_begin + stages * (warpgroup + 1) / C::kRings;
-      const bool fills = threadIdx.x % 128 == 0;
+      tile.stage_begin = whole.stage_begin + stages * ring_index / C::kRings;
+      tile.stage_end = whole.stage_begin + stages * (ring_index + 1) / C::kRings;
+      const bool fills = C::kWarpRings ? lane == 0 : threadIdx.x % 128 == 0;
       if (fills) fill_ring<C>(p, ring, tile, {1, 0, 0, 0});
       __syncwarp();
       wait_for_previous_kernel();
       if (tile.stage_begin < tile.stage_end) {
         StageRefill<C> refill{p, ring, tile, tile.stage_begin + C::kStages, fills};
-        consume<C>(ring, position, tile, reader, refill, sums);
+        if constexpr (C::kWarpRings) {
+          consume_in_warp<C>(ring, position, tile, lane, refill, sums);
+        } else {
+          consume<C>(ring, position, tile, WeightReader<C>(warpgroup, warp % 4, lane), refill, sums);
+        }
       } else {
 #pragma unroll
         for (int j = 0; j < C::kBlocks; ++j) {
@@ -126,6 +131,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
       }
       finish_partial<C>(p, shared, tile, cluster_size, block_rank, warpgroup, warp % 4, lane, sums);
     } else {
+      const WeightReader<C> reader(warpgroup, warp % 4, lane);
       const auto release = stage_release<C>(ring, lane, p.multicast, block_rank - block_rank % p.multicast);
       auto* token_scales =
           reinterpret_cast<float*>(__cvta_shared_to_generic(shared + C::kTokenScaleOffset)) + C::kTokens * warpgroup;
