@@ -50,7 +50,8 @@ cudaStream_t current_stream(int32_t device_index) {
 
 // Environment overrides, for tuning and for tests; read on every call, so that a running process can change them.
 //   MARLIN_QQQ_FAMILY     "sm80" or "sm90": the kernel family
-//   MARLIN_QQQ_TILE       name of a row of tile_table()
+//   MARLIN_QQQ_TILE       name of a row of tile_table(), or of a candidate (deep256/1x3/2: split x scratch split,
+//                         multicast); "list" fails with the device and all candidates of the problem
 //   MARLIN_QQQ_SPLIT      blocks that share an output tile
 //   MARLIN_QQQ_CANDIDATE  from 0: one of the planner's candidates for the problem, best first, instead of the others
 struct PlanOverrides {
