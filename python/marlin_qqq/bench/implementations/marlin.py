@@ -155,6 +155,6 @@ def _plan_of(problem: GemmProblem, context: Context) -> dict[str, str]:
         plan = marlin_qqq.plan(
             problem.num_tokens, problem.out_features, problem.in_features, problem.group_size, f"sm_{major}{minor}"
         )
-    except (AttributeError, ImportError, RuntimeError, ValueError):  # no introspection in this build, or another architecture
+    except (ImportError, RuntimeError, ValueError):  # no introspection in this build, or another architecture
         return {}
     return {"plan": str(plan)}
