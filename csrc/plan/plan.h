@@ -41,7 +41,8 @@ struct Plan {
   int tile_features = 0;  // output features of one block's tile
   int stages = 0;         // depth of the shared-memory pipeline
   int split = 1;          // blocks that share one output tile, each with a slice of in_features (sm90: one cluster)
-  int scratch_split = 1;  // clusters that share one output tile: their sums meet in scratch (sm90)
+  int scratch_split = 1;  // clusters that share one output tile: their sums meet in scratch (sm90); blocks that share
+                          // it at most, where their shares are uneven (sm80)
   int multicast = 1;      // blocks of a cluster that share one activation tile (sm90)
   int grid = 0;           // blocks
   int threads = 0;        // threads a block

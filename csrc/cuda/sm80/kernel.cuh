@@ -1,143 +1,187 @@
-// The mma.sync kernel for sm_80 and later: one block a tile and slice of the inputs. Blocks that share a tile leave
-// their int32 sums in a scratch buffer, and whichever arrives last adds them up: no block ever waits for another.
+// The mma.sync kernel for sm_80 and later: each block walks its part of the work (config.cuh). Sums of tiles that
+// several blocks share go to a scratch buffer, where the kernel of reduction.cuh adds them: no block waits for another.
 #pragma once
 
+#include "cuda/common/dependent_launch.cuh"
 #include "cuda/common/output.cuh"
 #include "cuda/sm80/mainloop.cuh"
 
 namespace marlin_qqq::cuda::sm80 {
 
-// Gives `sink(token, feature, int4)` the tile's sums, four neighbouring features at a time, coordinates relative to the
-// tile: adds the depth warps' sums in shared memory, `kPassTokens` tokens of each warp at a time.
-template <class C, class Sink>
+// Adds the depth warps' sums of the tile in shared memory, eight tokens of each warp at a time, and hands them on:
+// `sink(token, prepared, int4)` gets the sums of the four features from 4 * (threadIdx.x % kVectors) on,
+// `prepare(token)` is called ahead of it, so that what it loads arrives meanwhile. Tokens count from the tile's first.
+template <class C, class Prepare, class Sink>
 __device__ __forceinline__ void gather_sums(uint32_t shared, int warp_feature, int token_warp, int depth_warp, int lane,
-                                            const Sums<C>& sums, Sink sink) {
+                                            const Sums<C>& sums, Prepare prepare, Sink sink) {
   constexpr int kRows = C::kTokenWarps * C::kPassTokens;
-  constexpr int kVectors = C::kFeatures / 4;
+  constexpr int kVectorsOfThread = kRows / C::kRowStep;
+  static_assert(kRows % C::kRowStep == 0);
+  const int first_row = threadIdx.x / C::kVectors;
+  const uint32_t source = shared + 4 * first_row * C::kPartialPitch + 16 * (threadIdx.x % C::kVectors);
+  const uint32_t target =
+      shared + 4 * (((depth_warp * C::kTokenWarps + token_warp) * C::kPassTokens + 2 * (lane % 4)) * C::kPartialPitch +
+                    warp_feature + lane / 4);
 #pragma unroll
   for (int pass = 0; pass < C::kWarpTokens / C::kPassTokens; ++pass) {
+    int token[kVectorsOfThread];
+    decltype(prepare(0)) prepared[kVectorsOfThread];
+#pragma unroll
+    for (int n = 0; n < kVectorsOfThread; ++n) {
+      const int row = first_row + n * C::kRowStep;
+      token[n] = row / C::kPassTokens * C::kWarpTokens + pass * C::kPassTokens + row % C::kPassTokens;
+      prepared[n] = prepare(token[n]);
+    }
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < C::kChunks; ++j) {
 #pragma unroll
-      for (int i = 0; i < C::kPassTokens / 8; ++i) {
-#pragma unroll
-        for (int value = 0; value < 4; ++value) {
-          const int row =
-              (depth_warp * C::kTokenWarps + token_warp) * C::kPassTokens + 8 * i + 2 * (lane % 4) + value % 2;
-          const int feature = warp_feature + 16 * j + 8 * (value / 2) + lane / 4;
-          asm volatile("st.shared.s32 [%0], %1;" ::"r"(shared + 4 * (row * C::kPartialPitch + feature)),
-                       "r"(sums[j][pass * (C::kPassTokens / 8) + i][value])
-                       : "memory");
-        }
+      for (int value = 0; value < 4; ++value) {
+        asm volatile(
+            "st.shared.s32 [%0], %1;" ::"r"(target + 4 * (value % 2 * C::kPartialPitch + 16 * j + 8 * (value / 2))),
+            "r"(sums[j][pass][value])
+            : "memory");
       }
     }
     __syncthreads();
-    for (int v = threadIdx.x; v < kRows * kVectors; v += C::kThreads) {
-      const int row = v / kVectors;
-      const int feature = 4 * (v % kVectors);
+#pragma unroll
+    for (int n = 0; n < kVectorsOfThread; ++n) {
       int4 total = {0, 0, 0, 0};
 #pragma unroll
       for (int d = 0; d < C::kDepthWarps; ++d) {
         int4 part;
         asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
                      : "=r"(part.x), "=r"(part.y), "=r"(part.z), "=r"(part.w)
-                     : "r"(shared + 4 * ((d * kRows + row) * C::kPartialPitch + feature))
+                     : "r"(source + 4 * ((d * kRows + n * C::kRowStep) * C::kPartialPitch))
                      : "memory");
         total.x += part.x;
         total.y += part.y;
         total.z += part.z;
         total.w += part.w;
       }
-      sink(row / C::kPassTokens * C::kWarpTokens + pass * C::kPassTokens + row % C::kPassTokens, feature, total);
+      sink(token[n], prepared[n], total);
     }
   }
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(const Parameters p) {
+__global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(const __grid_constant__ Parameters p) {
   extern __shared__ __align__(128) uint8_t dynamic_shared_memory[];
   const uint32_t shared = shared_address(dynamic_shared_memory);
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int feature_warp = warp % C::kFeatureWarps;
+  const int warp_feature = warp % C::kFeatureWarps * C::kWarpFeatures;
   const int token_warp = warp / C::kFeatureWarps % C::kTokenWarps;
   const int depth_warp = warp / (C::kFeatureWarps * C::kTokenWarps);
 
-  // Work: token tiles are neighbours, so that blocks which run together share weights in L2.
-  const int tiles = p.token_tiles * p.feature_tiles;
-  const int tile = blockIdx.x % tiles;
-  const int split_rank = blockIdx.x / tiles;
-  const int token = tile % p.token_tiles * C::kTokens;
-  const int feature = tile / p.token_tiles * C::kFeatures;
-  const int stage_count = p.in_features / C::kDepth;
-  const int begin = static_cast<int>(static_cast<int64_t>(stage_count) * split_rank / p.split);
-  const int end = static_cast<int>(static_cast<int64_t>(stage_count) * (split_rank + 1) / p.split);
+  // The next kernel may start once all blocks of this one have: it waits for our results itself.
+  allow_next_kernel();
 
-  // Mainloop
+  // Work
+  auto position = Position::first(p.work);
+  int count = p.work.first_unit(blockIdx.x + 1) - p.work.first_unit(blockIdx.x);  // of units still to be multiplied
+  if (blockIdx.x < p.work.whole) count += ((p.work.whole - 1 - blockIdx.x) / p.work.blocks + 1) * p.work.units;
+
+  // First fill. Weights do not depend on the kernel before this one when the caller has promised so.
+  Feeder<C> feeder(p, position);
+  if (p.constant_weights) {
+    Feeder<C> ahead = feeder;
+#pragma unroll 1
+    for (int i = 0; i < min(C::kStages, count); ++i) {
+      ahead.copy_weights(shared + i * C::kStageBytes);
+      ahead.advance();
+    }
+  }
+  wait_for_previous_kernel();
+#pragma unroll 1
+  for (int i = 0; i < C::kStages; ++i) {
+    if (i < count) {
+      if (!p.constant_weights) feeder.copy_weights(shared + i * C::kStageBytes);
+      feeder.copy_activations(shared + i * C::kStageBytes);
+      feeder.advance();
+    }
+    copy_async_commit();
+  }
+
+  // Mainloop: the operands of a step are read while the step before is multiplied.
+  const Reader<C> reader(warp_feature, token_warp * C::kWarpTokens, depth_warp, lane);
+  Operands<C> operands[2];
+  uint32_t next_scales[C::kChunks];
   Sums<C> sums = {};
+  uint32_t stage = shared;
+  copy_async_wait<C::kStages - 1>();
+  __syncthreads();
+  reader.read(operands[0], stage, 0);
+  reader.read_scales(next_scales, stage);
+  int left = p.work.units - position.unit;
+#pragma unroll 1
+  while (true) {
+    uint32_t scales[C::kChunks];
+    if constexpr (C::kGrouped) {
 #pragma unroll
-  for (int i = 0; i < C::kStages - 1; ++i) {
-    if (begin + i < end) load_stage<C>(p, shared + i * C::kStageBytes, token, feature, begin + i);
-    copy_async_commit();
-  }
-  int read_stage = 0;
-  int write_stage = C::kStages - 1;
-  for (int block = begin; block < end; ++block) {
-    copy_async_wait<C::kStages - 2>();
-    __syncthreads();  // this stage has arrived for all, and all are done with the one that is refilled next
-    if (block + C::kStages - 1 < end) {
-      load_stage<C>(p, shared + write_stage * C::kStageBytes, token, feature, block + C::kStages - 1);
+      for (int j = 0; j < C::kChunks; ++j) scales[j] = next_scales[j];
     }
-    copy_async_commit();
-    multiply_stage<C>(shared + read_stage * C::kStageBytes, feature_warp * C::kWarpFeatures,
-                      token_warp * C::kWarpTokens, depth_warp, lane, sums);
-    read_stage = read_stage + 1 == C::kStages ? 0 : read_stage + 1;
-    write_stage = write_stage + 1 == C::kStages ? 0 : write_stage + 1;
-  }
-  copy_async_wait<0>();
+    static_assert(C::kSteps % 2 == 0, "the operands' two buffers change places with every step");
+#pragma unroll
+    for (int step = 0; step < C::kSteps; ++step) {
+      if (step + 1 < C::kSteps) {
+        reader.read(operands[(step + 1) % 2], stage, step + 1);
+      } else {
+        copy_async_wait<C::kStages - 2>();
+        __syncthreads();  // the next stage has arrived for all, and all have read this one, which is filled again
+        if (count > C::kStages) {
+          feeder.copy_weights(stage);
+          feeder.copy_activations(stage);
+          feeder.advance();
+        }
+        copy_async_commit();
+        stage = stage == shared + (C::kStages - 1) * C::kStageBytes ? shared : stage + C::kStageBytes;
+        reader.read(operands[(step + 1) % 2], stage, 0);
+        reader.read_scales(next_scales, stage);
+      }
+      multiply<C>(operands[step % 2], scales, sums);
+    }
+    --count;
+    if (--left > 0 && count > 0) continue;
 
-  // Epilogue
-  const auto write_output = [&](int row, int column, int4 total) {
-    if (token + row < p.num_tokens && feature + column < p.out_features) {
-      store_outputs(total, p.token_scale[token + row], p.channel_scale, p.bias, p.output, token + row, feature + column,
-                    p.out_features, p.output_is_bfloat16);
+    // End of the tile, or of the block's part of it
+    const int tile = position.tile;
+    const int token = tile % p.work.token_tiles * C::kTokens;
+    const int tokens = p.num_tokens - token;
+    const int column = 4 * (threadIdx.x % C::kVectors);
+    const int feature = tile / p.work.token_tiles * C::kFeatures + column;
+    const uint32_t exchange = shared + C::kStages * C::kStageBytes;
+    if (position.unit == 0 && left == 0) {
+      const bool inside = feature < p.out_features;
+      const ColumnFactors factors(p.channel_scale, p.bias, inside ? feature : 0, p.output_is_bfloat16);
+      gather_sums<C>(
+          exchange, warp_feature, token_warp, depth_warp, lane, sums,
+          [&](int row) { return row < tokens ? p.token_scale[token + row] : 0.0f; },
+          [&](int row, float token_scale, int4 total) {
+            if (row < tokens && inside) {
+              factors.store(total, token_scale, p.output, token + row, feature, p.out_features);
+            }
+          });
+    } else {
+      const bool second = tile != p.work.whole + p.work.first_unit(blockIdx.x) / p.work.units;
+      int32_t* partial = p.partials + static_cast<int64_t>(2 * blockIdx.x + second) * C::kTileSums + column;
+      gather_sums<C>(
+          exchange, warp_feature, token_warp, depth_warp, lane, sums, [](int) { return 0; },
+          [&](int row, int, int4 total) {
+            if (row < tokens) __stcg(reinterpret_cast<int4*>(partial + row * C::kFeatures), total);
+          });
     }
-  };
-  if (p.split == 1) {
-    gather_sums<C>(shared, feature_warp * C::kWarpFeatures, token_warp, depth_warp, lane, sums, write_output);
-    return;
-  }
-
-  // Reduction over the blocks of this tile
-  constexpr int kTileSums = C::kTokens * C::kFeatures;
-  int32_t* mine = p.partials + (static_cast<int64_t>(split_rank) * tiles + tile) * kTileSums;
-  gather_sums<C>(shared, feature_warp * C::kWarpFeatures, token_warp, depth_warp, lane, sums,
-                 [&](int row, int column, int4 total) {
-                   if (token + row < p.num_tokens)
-                     __stcg(reinterpret_cast<int4*>(mine + row * C::kFeatures + column), total);
-                 });
-  __threadfence();
-  __shared__ bool is_last;
-  __syncthreads();
-  if (threadIdx.x == 0) is_last = atomicAdd(p.counters + tile, 1u) == static_cast<uint32_t>(p.split) - 1;
-  __syncthreads();
-  if (!is_last) return;
-  __threadfence();
-  for (int v = threadIdx.x; v < kTileSums / 4; v += C::kThreads) {
-    const int row = v / (C::kFeatures / 4);
-    const int column = 4 * (v % (C::kFeatures / 4));
-    if (token + row >= p.num_tokens) break;
-    int4 total = {0, 0, 0, 0};
-    for (int s = 0; s < p.split; ++s) {
-      const int4 part = __ldcg(
-          reinterpret_cast<const int4*>(p.partials + (static_cast<int64_t>(s) * tiles + tile) * kTileSums + 4 * v));
-      total.x += part.x;
-      total.y += part.y;
-      total.z += part.z;
-      total.w += part.w;
+    if (count == 0) return;
+#pragma unroll
+    for (int j = 0; j < C::kChunks; ++j) {
+#pragma unroll
+      for (int i = 0; i < C::kTokenBlocks; ++i) {
+#pragma unroll
+        for (int value = 0; value < 4; ++value) sums[j][i][value] = 0;
+      }
     }
-    write_output(row, column, total);
+    position.next_tile(p.work);
+    left = p.work.units - position.unit;
   }
 }
 

@@ -3,7 +3,9 @@
 #include <array>
 #include <utility>
 
+#include "cuda/common/launch_dependent.h"
 #include "cuda/common/shared_memory_limit.h"
+#include "cuda/sm80/reduction.cuh"
 #include "cuda/sm80/registry.h"
 
 namespace marlin_qqq::cuda::sm80 {
@@ -33,26 +35,27 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   p.bias = arguments.bias;
   p.output = arguments.output;
   p.output_is_bfloat16 = arguments.output_type == OutputType::kBFloat16;
+  p.constant_weights = arguments.constant_weights;
   p.num_tokens = static_cast<int>(problem.num_tokens);
   p.out_features = static_cast<int>(problem.out_features);
   p.in_features = static_cast<int>(problem.in_features);
-  p.token_tiles = (p.num_tokens + tile.tokens() - 1) / tile.tokens();
-  p.feature_tiles = (p.out_features + tile.features() - 1) / tile.features();
-  p.split = plan.split;
+  p.work.units = p.in_features / tile.depth;
+  p.work.token_tiles = (p.num_tokens + tile.tokens() - 1) / tile.tokens();
+  p.work.tiles = (p.out_features + tile.features() - 1) / tile.features() * p.work.token_tiles;
+  p.work.blocks = plan.grid;
+  p.work.whole =
+      static_cast<uint32_t>(plan::sm80_whole_tiles(p.work.tiles, plan.grid, plan.split * plan.scratch_split > 1));
+  p.partials = static_cast<int32_t*>(scratch);
 
-  if (plan.split > 1) {
-    const int64_t tiles = int64_t{p.token_tiles} * p.feature_tiles;
-    const int64_t counter_bytes = (tiles * 4 + 255) / 256 * 256;
-    p.counters = static_cast<uint32_t*>(scratch);
-    p.partials = reinterpret_cast<int32_t*>(static_cast<char*>(scratch) + counter_bytes);
-    if (cudaError_t error = cudaMemsetAsync(p.counters, 0, counter_bytes, stream)) return error;
+  cudaError_t error = allow_shared_memory(allowed[plan.tile][grouped], reinterpret_cast<const void*>(kernel),
+                                          tile.shared_memory_bytes());
+  if (error == cudaSuccess) {
+    error = launch_dependent(kernel, plan.grid, plan.threads, tile.shared_memory_bytes(), 1, stream, p);
   }
-  if (cudaError_t error = allow_shared_memory(allowed[plan.tile][grouped], reinterpret_cast<const void*>(kernel),
-                                              tile.shared_memory_bytes())) {
-    return error;
-  }
-  kernel<<<plan.grid, plan.threads, tile.shared_memory_bytes(), stream>>>(p);
-  return cudaGetLastError();
+  if (error != cudaSuccess || p.work.whole == p.work.tiles) return error;
+  const int rows = p.num_tokens < tile.tokens() ? p.num_tokens : tile.tokens();
+  const dim3 grid((rows + kReductionTokens - 1) / kReductionTokens, p.work.tiles - p.work.whole);
+  return launch_dependent(reduce_kernel, grid, kReductionThreads, 0, 1, stream, p, tile.tokens(), tile.features());
 }
 
 }  // namespace marlin_qqq::cuda::sm80
