@@ -39,8 +39,11 @@ double estimate_us(const Problem& problem, const DeviceProperties& device, const
   const double group_latency = tile.warp_rings() ? model.warp_group_stage_latency : model.group_stage_latency;
   const double latency =
       (grouped ? group_latency : channel_latency) + model.stage_latency_per_token * tokens * tile.blocks;
-  const double mainloop = norm(rounds * stages * overlapped(slice, model.unit_norm),
-                               waves * std::ceil(stages / tile.rings()) * latency, model.latency_norm);
+  double mainloop = norm(rounds * stages * overlapped(slice, model.unit_norm),
+                         waves * std::ceil(stages / tile.rings()) * latency, model.latency_norm);
+  const auto token_tiles = static_cast<double>(divide_up(problem.num_tokens, tile.tokens));
+  const double outside_tokens = token_tiles * tokens - static_cast<double>(problem.num_tokens);
+  mainloop += std::max(1.0, rounds / token_tiles) * stages * outside_tokens * model.outside_token_cycles;
 
   const double outputs = features * tokens;
   double ending = model.wave_cycles;
@@ -82,6 +85,8 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
   for (int index = 0; index < kSm90TileCount; ++index) {
     const Sm90Tile& tile = kSm90Tiles[index];
     if (tile.shared_memory_bytes() > device.shared_memory_per_block) continue;
+    // Warps dequantise for themselves: with a second tile of tokens, warpgroups do it for less.
+    if (tile.warp_rings() && problem.num_tokens > tile.tokens) continue;
     const int64_t stage_count = problem.in_features / 128;
     for (int multicast : {1, 2, 4}) {
       if (multicast > 1 && (tile.depth_split() || tile.tokens % (8 * multicast) != 0)) continue;
