@@ -232,7 +232,8 @@ TEST(Plan, TileTableHasDistinctNames) {
 }
 
 // A few problems that between them have every kind of tile, split and mode among their candidates.
-constexpr Problem kModelProblems[] = {{1, 4096, 4096, -1}, {64, 8192, 21760, 128}, {2048, 4096, 14336, -1}};
+constexpr Problem kModelProblems[] = {
+    {1, 4096, 4096, -1}, {16, 4096, 4096, 128}, {64, 8192, 21760, 128}, {2048, 4096, 14336, -1}};
 
 TEST(Sm90Model, ItsDefaultValuesAreThePlanners) {
   const DeviceProperties device = plan::reference_device("sm_90");
@@ -261,6 +262,20 @@ TEST(Sm90Model, EveryConstantMovesATime) {
       }
     }
     EXPECT_TRUE(moved) << constant.name;
+  }
+}
+
+// A warp tile is for one tile of tokens (sm90_candidates.cpp says why).
+TEST(Sm90Candidates, WarpTilesHoldAllTokens) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  for (const int64_t num_tokens : {1, 8, 9, 24, 25, 32, 33, 64}) {
+    bool any = false;
+    for (const Plan& candidate : plan::sm90_candidates({num_tokens, 4096, 4096, 128}, device)) {
+      if (candidate.tile_name.rfind("warp", 0) != 0) continue;
+      any = true;
+      EXPECT_GE(candidate.tile_tokens, num_tokens) << candidate.tile_name;
+    }
+    EXPECT_EQ(any, num_tokens <= 32) << num_tokens;
   }
 }
 
