@@ -5,11 +5,10 @@
 #include <cmath>
 #include <cstdint>
 
+#include "format/divide_up.h"
 #include "plan/plan.h"
 
 namespace marlin_qqq::plan {
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Cycles of one block for 128 inputs of its tile, by the unit that spends them; the units overlap.
 struct SliceCycles {

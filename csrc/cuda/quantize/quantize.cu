@@ -8,6 +8,7 @@
 
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/common/launch_dependent.h"
+#include "format/divide_up.h"
 
 namespace marlin_qqq::cuda {
 namespace {
@@ -180,8 +181,6 @@ __global__ void __launch_bounds__(256) quantize_rows_of_any_shape(const T* x, in
         finite ? static_cast<int8_t>(quantized_bits(static_cast<float>(row[i]), scale.inverse)) : int8_t{0};
   }
 }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T>
 cudaError_t launch(const T* x, int64_t num_tokens, int64_t in_features, int64_t row_stride, int8_t* quantized,

@@ -7,6 +7,7 @@
 #include "cuda/common/shared_memory_limit.h"
 #include "cuda/sm80/reduction.cuh"
 #include "cuda/sm80/registry.h"
+#include "format/divide_up.h"
 
 namespace marlin_qqq::cuda::sm80 {
 namespace {
@@ -40,8 +41,8 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   p.out_features = static_cast<int>(problem.out_features);
   p.in_features = static_cast<int>(problem.in_features);
   p.work.units = p.in_features / tile.depth;
-  p.work.token_tiles = (p.num_tokens + tile.tokens() - 1) / tile.tokens();
-  p.work.tiles = (p.out_features + tile.features() - 1) / tile.features() * p.work.token_tiles;
+  p.work.token_tiles = static_cast<uint32_t>(divide_up(p.num_tokens, tile.tokens()));
+  p.work.tiles = static_cast<uint32_t>(divide_up(p.out_features, tile.features())) * p.work.token_tiles;
   p.work.blocks = plan.grid;
   p.work.whole =
       static_cast<uint32_t>(plan::sm80_whole_tiles(p.work.tiles, plan.grid, plan.split * plan.scratch_split > 1));
@@ -54,7 +55,7 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   }
   if (error != cudaSuccess || p.work.whole == p.work.tiles) return error;
   const int rows = p.num_tokens < tile.tokens() ? p.num_tokens : tile.tokens();
-  const dim3 grid((rows + kReductionTokens - 1) / kReductionTokens, p.work.tiles - p.work.whole);
+  const dim3 grid(static_cast<unsigned>(divide_up(rows, kReductionTokens)), p.work.tiles - p.work.whole);
   return launch_dependent(reduce_kernel, grid, kReductionThreads, 0, 1, stream, p, tile.tokens(), tile.features());
 }
 

@@ -9,6 +9,7 @@
 #include "cuda/common/tensor_map.h"
 #include "cuda/sm90/reduction.cuh"
 #include "cuda/sm90/registry.h"
+#include "format/divide_up.h"
 
 namespace marlin_qqq::cuda::sm90 {
 namespace {
@@ -28,8 +29,6 @@ cudaError_t allow_shared_memory_of(int tile, bool grouped) {
   return allow_shared_memory(done[tile][grouped], reinterpret_cast<const void*>(kernel_for(tile, grouped)),
                              plan::kSm90Tiles[tile].shared_memory_bytes());
 }
-
-int divide_up(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 }  // namespace
 
@@ -68,9 +67,9 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   p.constant_weights = arguments.constant_weights;
   p.num_tokens = static_cast<int>(problem.num_tokens);
   p.out_features = static_cast<int>(problem.out_features);
-  p.stage_count = divide_up(problem.in_features, 128);
-  p.token_tiles = divide_up(problem.num_tokens, tile.tokens);
-  p.feature_groups = divide_up(problem.out_features, tile.features() * plan.multicast);
+  p.stage_count = static_cast<int>(divide_up(problem.in_features, 128));
+  p.token_tiles = static_cast<int>(divide_up(problem.num_tokens, tile.tokens));
+  p.feature_groups = static_cast<int>(divide_up(problem.out_features, tile.features() * plan.multicast));
   p.token_group = std::min(8, p.token_tiles);
   p.per_slice = Divisor::of(p.token_tiles * p.feature_groups);
   p.per_group = Divisor::of(p.token_group * p.feature_groups);
@@ -89,8 +88,8 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
                                p.output_pointer, p.output_is_bfloat16, plan.scratch_split, p.num_tokens,
                                p.out_features};
   const int64_t vectors = problem.num_tokens * problem.out_features / 4;
-  return launch_dependent(reduce_kernel, divide_up(vectors, kReductionThreads), kReductionThreads, 0, 1, stream,
-                          reduction);
+  return launch_dependent(reduce_kernel, static_cast<unsigned>(divide_up(vectors, kReductionThreads)),
+                          kReductionThreads, 0, 1, stream, reduction);
 }
 
 int max_active_clusters(int cluster_size) {
