@@ -13,8 +13,11 @@ int cluster_slots(const DeviceProperties& device, int cluster_size, int blocks_p
   return device.clusters[cluster_size - 1] * blocks_per_sm;
 }
 
-double estimate_us(const Problem& problem, const DeviceProperties& device, const Sm90Tile& tile, const Plan& plan,
-                   const Sm90Model& model) {
+}  // namespace
+
+double sm90_estimated_us(const Problem& problem, const DeviceProperties& device, const Plan& plan,
+                         const Sm90Model& model) {
+  const Sm90Tile& tile = kSm90Tiles[plan.tile];
   const double features = tile.features();
   const double tokens = tile.tokens;
   const bool grouped = problem.group_size > 0;
@@ -69,13 +72,6 @@ double estimate_us(const Problem& problem, const DeviceProperties& device, const
   return std::max(us, 0.1);
 }
 
-}  // namespace
-
-double sm90_estimated_us(const Problem& problem, const DeviceProperties& device, const Plan& plan,
-                         const Sm90Model& model) {
-  return estimate_us(problem, device, kSm90Tiles[plan.tile], plan, model);
-}
-
 std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties& device) {
   return sm90_candidates(problem, device, kSm90Model);
 }
@@ -119,7 +115,7 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
           if (clusters * cluster_size > kLargestExtent) continue;
           plan.grid = static_cast<int>(clusters * cluster_size);
           if (in_scratch) plan.scratch_bytes = 4 * plan.scratch_split * problem.num_tokens * problem.out_features;
-          plan.estimated_us = estimate_us(problem, device, tile, plan, model);
+          plan.estimated_us = sm90_estimated_us(problem, device, plan, model);
           plans.push_back(plan);
         }
       }

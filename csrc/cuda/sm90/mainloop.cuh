@@ -96,6 +96,16 @@ __device__ __forceinline__ void fetch_scales(Scales<C>& scales, uint32_t address
   spread_scales<C>(scales, packed);
 }
 
+// The two operand registers of the packed word `word` of product j.
+template <class C>
+__device__ __forceinline__ dequant::Columns dequantize_word(uint32_t word, const Scales<C>& scales, int j) {
+  if constexpr (C::kGrouped) {
+    return dequant::dequantize_per_group(word, scales.pairs[j]);
+  } else {
+    return dequant::dequantize_per_channel(word);
+  }
+}
+
 template <class C>
 __device__ __forceinline__ void dequantize_step(Operands<C>& operands, const PackedStep<C>& packed,
                                                 const Scales<C>& scales) {
@@ -103,12 +113,7 @@ __device__ __forceinline__ void dequantize_step(Operands<C>& operands, const Pac
   for (int row = 0; row < 2; ++row) {
 #pragma unroll
     for (int j = 0; j < C::kBlocks; ++j) {
-      dequant::Columns columns;
-      if constexpr (C::kGrouped) {
-        columns = dequant::dequantize_per_group(packed.words[row][j], scales.pairs[j]);
-      } else {
-        columns = dequant::dequantize_per_channel(packed.words[row][j]);
-      }
+      const dequant::Columns columns = dequantize_word<C>(packed.words[row][j], scales, j);
       operands.a[j][2 * row] = columns.column0;
       operands.a[j][2 * row + 1] = columns.column8;
       // Computed here, ahead of the fence, and not sunk to the product that reads it.

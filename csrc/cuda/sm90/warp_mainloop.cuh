@@ -3,21 +3,10 @@
 // activations that it fetches once serve all of them.
 #pragma once
 
-#include "cuda/common/barrier.cuh"
 #include "cuda/common/mma.cuh"
-#include "cuda/dequant/dequant.h"
-#include "cuda/sm90/copies.cuh"
+#include "cuda/sm90/mainloop.cuh"
 
 namespace marlin_qqq::cuda::sm90 {
-
-__device__ __forceinline__ uint4 load_shared_16_bytes(uint32_t address) {
-  uint4 value;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
 
 // Sums of one tile's 64 features. sums[j][4 * i + 2 * b + e]: feature 16 * j + 8 * b + lane / 4, token 8 * i + 2 *
 // (lane % 4) + e. `stage_is_free(stage)` is called once for every stage that the warp has read.
@@ -27,7 +16,6 @@ __device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, RingPositio
                                                 int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
   static_assert(C::kBlocks == 4 && C::kFeatures == 64, "a warp takes the four chunks of one packed tile");
   constexpr int kOctets = C::kTokens / 8;
-  constexpr int kRowBytes = 8 * C::kFeatures;  // a packed row
 #pragma unroll
   for (int j = 0; j < C::kBlocks; ++j) {
 #pragma unroll
@@ -43,43 +31,26 @@ __device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, RingPositio
     barrier_wait(ring.full(stage), position.phase);
     const uint32_t weights = ring.weights(stage) + 16 * lane;
     const uint32_t activations = ring.activations(stage) + 128 * token_row;
-    uint4 rows[2][2];  // the packed rows of a step, and those of the next
-    rows[0][0] = load_shared_16_bytes(weights);
-    rows[0][1] = load_shared_16_bytes(weights + kRowBytes);
-    dequant::GroupScales scales[C::kBlocks];
-    if constexpr (C::kGrouped) {
-      const uint4 pairs = load_shared_16_bytes(ring.scales(stage) + 16 * (lane / 4));
-      const uint32_t pair[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
-#pragma unroll
-      for (int j = 0; j < C::kBlocks; ++j) scales[j] = dequant::spread_group_scales(pair[j]);
-    }
+    PackedStep<C> packed[2];
+    fetch_step<C>(packed[0], weights, 0);
+    Scales<C> scales;
+    fetch_scales<C>(scales, ring.scales(stage) + 16 * (lane / 4));
     uint32_t b[kOctets][4];
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
+    for (int step = 0; step < kSteps; ++step) {
       if (step % 2 == 0) {
 #pragma unroll
         for (int i = 0; i < kOctets; ++i) {
           load_matrix(b[i], activations + 1024 * i + 16 * ((2 * step + piece) ^ token_row));
         }
       }
-      if (step + 1 < 4) {
-        rows[(step + 1) % 2][0] = load_shared_16_bytes(weights + (2 * step + 2) * kRowBytes);
-        rows[(step + 1) % 2][1] = load_shared_16_bytes(weights + (2 * step + 3) * kRowBytes);
-      }
-      const uint4 even = rows[step % 2][0];
-      const uint4 odd = rows[step % 2][1];
-      const uint32_t words[C::kBlocks][2] = {{even.x, odd.x}, {even.y, odd.y}, {even.z, odd.z}, {even.w, odd.w}};
+      if (step + 1 < kSteps) fetch_step<C>(packed[(step + 1) % 2], weights, step + 1);
 #pragma unroll
       for (int j = 0; j < C::kBlocks; ++j) {
         uint32_t a[4];
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-          dequant::Columns columns;
-          if constexpr (C::kGrouped) {
-            columns = dequant::dequantize_per_group(words[j][row], scales[j]);
-          } else {
-            columns = dequant::dequantize_per_channel(words[j][row]);
-          }
+          const dequant::Columns columns = dequantize_word<C>(packed[step % 2].words[row][j], scales, j);
           a[2 * row] = columns.column0;
           a[2 * row + 1] = columns.column8;
         }
