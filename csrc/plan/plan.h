@@ -36,16 +36,17 @@ enum class Family { kNone, kSm80, kSm90 };
 struct Plan {
   Family family = Family::kNone;
   int tile = -1;
-  std::string tile_name;  // the table row's name, as MARLIN_QQQ_TILE accepts it
-  int tile_tokens = 0;    // tokens of one block's tile
-  int tile_features = 0;  // output features of one block's tile
-  int stages = 0;         // depth of the shared-memory pipeline
-  int split = 1;          // blocks that share one output tile, each with a slice of in_features (sm90: one cluster)
-  int scratch_split = 1;  // clusters that share one output tile: their sums meet in scratch (sm90); blocks that share
-                          // it at most, where their shares are uneven (sm80)
-  int multicast = 1;      // blocks of a cluster that share one activation tile (sm90)
-  int grid = 0;           // blocks
-  int threads = 0;        // threads a block
+  std::string tile_name;    // the table row's name, as MARLIN_QQQ_TILE accepts it
+  int tile_tokens = 0;      // tokens of one block's tile
+  int tile_features = 0;    // output features of one block's tile
+  int stages = 0;           // depth of the shared-memory pipeline
+  int split = 1;            // blocks that share one output tile, each with a slice of in_features (sm90: one cluster)
+  int scratch_split = 1;    // clusters that share one output tile: their sums meet in scratch (sm90); blocks that share
+                            // it at most, where their shares are uneven (sm80)
+  int multicast = 1;        // blocks of a cluster that share one activation tile (sm90)
+  int grid = 0;             // blocks
+  int resident_blocks = 0;  // blocks that fit on the device at once (sm90)
+  int threads = 0;          // threads a block
   int shared_memory_bytes = 0;  // dynamic shared memory a block
   int64_t scratch_bytes = 0;    // device scratch the launch needs, uninitialised, 256-byte aligned
   double estimated_us = 0.0;    // the cost model's time; only differences between candidates mean anything

@@ -42,11 +42,8 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   const double group_latency = tile.warp_rings() ? model.warp_group_stage_latency : model.group_stage_latency;
   const double latency =
       (grouped ? group_latency : channel_latency) + model.stage_latency_per_token * tokens * tile.blocks;
-  double mainloop = norm(rounds * stages * overlapped(slice, model.unit_norm),
-                         waves * std::ceil(stages / tile.rings()) * latency, model.latency_norm);
-  const auto token_tiles = static_cast<double>(divide_up(problem.num_tokens, tile.tokens));
-  const double outside_tokens = token_tiles * tokens - static_cast<double>(problem.num_tokens);
-  mainloop += std::max(1.0, rounds / token_tiles) * stages * outside_tokens * model.outside_token_cycles;
+  const double mainloop = norm(rounds * stages * overlapped(slice, model.unit_norm),
+                               waves * std::ceil(stages / tile.rings()) * latency, model.latency_norm);
 
   const double outputs = features * tokens;
   double ending = model.wave_cycles;
@@ -90,7 +87,8 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
       // A split meets in a cluster's shared memory or in scratch, not in both.
       for (int split = 1; split <= std::min<int64_t>(kLargestSplit, stage_count); ++split) {
         for (const bool in_scratch : {false, true}) {
-          if (in_scratch ? split == 1 : split * multicast > 8) continue;
+          if (in_scratch ? split == 1 : split * multicast > kLargestClusterSplit) continue;
+          if (!in_scratch && !tile.room_for_exchange(split)) continue;
           Plan plan;
           plan.family = Family::kSm90;
           plan.tile = index;
@@ -114,6 +112,7 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
           const int64_t clusters = partial ? works : std::min(works, slots);
           if (clusters * cluster_size > kLargestExtent) continue;
           plan.grid = static_cast<int>(clusters * cluster_size);
+          plan.resident_blocks = static_cast<int>(slots * cluster_size);
           if (in_scratch) plan.scratch_bytes = 4 * plan.scratch_split * problem.num_tokens * problem.out_features;
           plan.estimated_us = sm90_estimated_us(problem, device, plan, model);
           plans.push_back(plan);

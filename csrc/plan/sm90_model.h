@@ -27,8 +27,6 @@ struct Sm90Model {
   double warp_dequant_fraction = 0.7327;
   // and more cycles a stage for every token and 64 features of the tile
   double stage_latency_per_token = 0.08744;
-  // cycles a stage that the copy engine spends on every row of a tile beyond the last token, which it fills with zeros
-  double outside_token_cycles = 0.9351;
   // order of the norm that joins the stages' latency with the units' work
   double latency_norm = 78.42;
 
@@ -37,8 +35,8 @@ struct Sm90Model {
   // cycles of it that are hidden where the next launch's blocks find multiprocessors of their own
   double neighbour_cycles = 2938;
   // cycles that reduce a cluster of two blocks, and for every further block
-  double cluster_reduction_cycles = 10080;
-  double cluster_reduction_per_block = 1647;
+  double cluster_reduction_cycles = 6000;
+  double cluster_reduction_per_block = 800;
   // cycles that reduce within a block
   double block_reduction_cycles = 3882;
   // bytes of partial sums read, a cycle
@@ -80,7 +78,6 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"warp_group_stage_latency", &Sm90Model::warp_group_stage_latency},
     {"warp_dequant_fraction", &Sm90Model::warp_dequant_fraction},
     {"stage_latency_per_token", &Sm90Model::stage_latency_per_token},
-    {"outside_token_cycles", &Sm90Model::outside_token_cycles},
     {"latency_norm", &Sm90Model::latency_norm},
     {"launch_cycles", &Sm90Model::launch_cycles},
     {"neighbour_cycles", &Sm90Model::neighbour_cycles},

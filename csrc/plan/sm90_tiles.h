@@ -22,6 +22,9 @@ enum class Cooperation {
   kWarp,
 };
 
+// Blocks of a cluster: the portable limit.
+inline constexpr int kLargestClusterSplit = 8;
+
 struct Sm90Tile {
   std::string_view name;
   int blocks;  // 64-row products a warpgroup keeps: its features are 64 * blocks. 1 or 2. kWarp: 4, of 16 rows a warp
@@ -47,20 +50,32 @@ struct Sm90Tile {
   }
   // A warp that only copies gets a warpgroup's worth of threads, so that it can hand registers over.
   constexpr int threads() const { return 128 * (warpgroups + (depth_split() ? 0 : 1)); }
-  // Output staging: each warpgroup has two chunks of `store_tokens` rows; 64 features of two bytes are 128 bytes of a
-  // row.
+  // Output staging: each warpgroup has room for `store_buffers` chunks of `store_tokens` rows; 64 features of two bytes
+  // are 128 bytes of a row.
   constexpr int store_tokens() const { return tokens % 32 == 0 && blocks == 1 ? 32 : 16; }
   constexpr int chunk_bytes() const { return blocks * store_tokens() * 128; }
-  constexpr int staging_bytes() const { return depth_split() ? 0 : warpgroups * 2 * chunk_bytes(); }
+  static constexpr int store_buffers() { return 4; }
+  constexpr int staging_bytes() const { return depth_split() ? 0 : warpgroups * store_buffers() * chunk_bytes(); }
   // Partial sums, int32 [rings][tokens][features + 4] over the rings when the work of a tile is split.
   constexpr int partial_pitch() const { return features() + 4; }
   constexpr int partial_bytes() const { return rings() * tokens * partial_pitch() * 4; }
   constexpr int pipeline_bytes() const {
     return rings() * ring_bytes() > partial_bytes() ? rings() * ring_bytes() : partial_bytes();
   }
+  // Whether the sums that a block receives from the others of a cluster of `split` fit over the rings, beside its own
+  // partial sums where those lie in shared memory too. See exchange.cuh, and reduce_tile in epilogue.cuh.
+  constexpr bool room_for_exchange(int split) const {
+    const int chunk = depth_split() ? 1 : store_tokens();
+    const int block_tokens = (tokens / chunk + split - 1) / split * chunk;
+    const int received = (split - 1) * block_tokens * features() * 4;
+    return received + (depth_split() ? partial_bytes() : 0) <= pipeline_bytes();
+  }
   // Barriers, the token scales of the warpgroups, and the slack that aligns the stages to 1,024 bytes.
   constexpr int token_scale_bytes() const { return depth_split() ? 0 : warpgroups * 4 * tokens; }
-  constexpr int fixed_bytes() const { return 2 * 8 * stages * rings() + token_scale_bytes() + 1024 + 64; }
+  constexpr int exchange_barriers() const { return depth_split() ? 1 : (tokens / store_tokens() + 1) / 2; }
+  constexpr int fixed_bytes() const {
+    return 8 * (2 * stages * rings() + exchange_barriers()) + token_scale_bytes() + 1024 + 64;
+  }
   constexpr int shared_memory_bytes() const { return staging_bytes() + pipeline_bytes() + fixed_bytes(); }
 };
 
@@ -98,22 +113,22 @@ inline constexpr Sm90Tile kSm90Tiles[] = {
     {"stream48",   2,  48, Cooperation::kDepth,    2,  3, 2},
     {"stream64",   2,  64, Cooperation::kDepth,    2,  3, 2},
     // Wide features, medium tokens: 256 features a block halve the activations' traffic.
-    {"wide64",    2,  64, Cooperation::kFeatures, 2, 8, 1},
+    {"wide64",    2,  64, Cooperation::kFeatures, 2, 7, 1},
     {"wide80",    2,  80, Cooperation::kFeatures, 2, 7, 1},
-    {"wide96",    2,  96, Cooperation::kFeatures, 2, 7, 1},
+    {"wide96",    2,  96, Cooperation::kFeatures, 2, 6, 1},
     {"wide112",   2, 112, Cooperation::kFeatures, 2, 6, 1},
-    {"wide128",   2, 128, Cooperation::kFeatures, 2, 6, 1},
+    {"wide128",   2, 128, Cooperation::kFeatures, 2, 5, 1},
     // Wide tokens: the dequantisation of a weight serves up to 256 tokens, which hides the group scales.
     {"deep96",    1,  96, Cooperation::kFeatures, 2, 8, 1},
-    {"deep128",   1, 128, Cooperation::kFeatures, 2, 8, 1},
+    {"deep128",   1, 128, Cooperation::kFeatures, 2, 7, 1},
     {"deep144",   1, 144, Cooperation::kFeatures, 2, 7, 1},
-    {"deep160",   1, 160, Cooperation::kFeatures, 2, 7, 1},
+    {"deep160",   1, 160, Cooperation::kFeatures, 2, 6, 1},
     {"deep176",   1, 176, Cooperation::kFeatures, 2, 6, 1},
-    {"deep192",   1, 192, Cooperation::kFeatures, 2, 6, 1},
+    {"deep192",   1, 192, Cooperation::kFeatures, 2, 5, 1},
     {"deep208",   1, 208, Cooperation::kFeatures, 2, 6, 1},
     {"deep224",   1, 224, Cooperation::kFeatures, 2, 5, 1},
     {"deep240",   1, 240, Cooperation::kFeatures, 2, 5, 1},
-    {"deep256",   1, 256, Cooperation::kFeatures, 2, 5, 1},
+    {"deep256",   1, 256, Cooperation::kFeatures, 2, 4, 1},
 };
 // clang-format on
 inline constexpr int kSm90TileCount = sizeof(kSm90Tiles) / sizeof(kSm90Tiles[0]);

@@ -23,13 +23,13 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t r
   return remote;
 }
 
-__device__ __forceinline__ int4 cluster_load(uint32_t address) {
-  int4 value;
-  asm volatile("ld.shared::cluster.v4.s32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
+// Four words -> `target`, which may be in another block, as is `barrier`; they count as 16 bytes that the barrier's
+// phase expects. The writer waits for nothing (PTX ISA, "st.async").
+__device__ __forceinline__ void cluster_store_async(uint32_t target, const int4& value, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(target),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier)
+      : "memory");
 }
 
 }  // namespace marlin_qqq::cuda

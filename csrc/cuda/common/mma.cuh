@@ -28,14 +28,4 @@ __device__ __forceinline__ void load_matrix_pair(uint32_t& block0, uint32_t& blo
                : "memory");
 }
 
-// 16 bytes, global -> shared, past L1. PTX ISA, cp.async.
-__device__ __forceinline__ void copy_async(uint32_t target, const void* source) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
-}
-__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 }  // namespace marlin_qqq::cuda

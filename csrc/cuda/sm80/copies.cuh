@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/common/barrier.cuh"
-#include "cuda/common/mma.cuh"
+#include "cuda/common/shared_memory.cuh"
 #include "cuda/sm80/config.cuh"
 
 namespace marlin_qqq::cuda::sm80 {

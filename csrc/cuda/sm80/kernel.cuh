@@ -49,11 +49,7 @@ __device__ __forceinline__ void gather_sums(uint32_t shared, int warp_feature, i
       int4 total = {0, 0, 0, 0};
 #pragma unroll
       for (int d = 0; d < C::kDepthWarps; ++d) {
-        int4 part;
-        asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(part.x), "=r"(part.y), "=r"(part.z), "=r"(part.w)
-                     : "r"(source + 4 * ((d * kRows + n * C::kRowStep) * C::kPartialPitch))
-                     : "memory");
+        const int4 part = shared_load_int4(source + 4 * ((d * kRows + n * C::kRowStep) * C::kPartialPitch));
         total.x += part.x;
         total.y += part.y;
         total.z += part.z;

@@ -31,13 +31,14 @@ struct Config {
   static constexpr int kBlocksPerSm = kTile.blocks_per_sm;
 
   static constexpr int kStoreTokens = kTile.store_tokens();  // rows of an output staging chunk
+  static constexpr int kChunks = kTokens / kStoreTokens;
   static constexpr int kChunkBytes = kTile.chunk_bytes();
+  static constexpr int kStoreBuffers = kTile.store_buffers();
   static constexpr int kPartialPitch = kTile.partial_pitch();
 
   static constexpr int kActivationBytes = kTile.activation_bytes();
   static constexpr int kWeightBytes = kTile.weight_bytes();
   static constexpr int kScaleBytes = kGrouped ? kTile.scale_bytes() : 0;
-  static constexpr int kStageBytes = kActivationBytes + kWeightBytes + kScaleBytes;
 
   // Offsets in shared memory, from its first multiple of 1,024: output staging; the rings, each with the activations of
   // all its stages, then the weights, then the scales; token scales; barriers.
@@ -46,8 +47,10 @@ struct Config {
   static constexpr int kWeightOffset = kStages * kActivationBytes;  // within a ring
   static constexpr int kScaleOffset = kWeightOffset + kStages * kWeightBytes;
   static constexpr int kPartialOffset = kRingOffset;
+  static constexpr int kReceivedOffset = kPartialOffset + kTile.partial_bytes();
   static constexpr int kTokenScaleOffset = kRingOffset + kTile.pipeline_bytes();
   static constexpr int kBarrierOffset = kTokenScaleOffset + kTile.token_scale_bytes();
+  static constexpr int kExchangeBarrierOffset = kBarrierOffset + 16 * kStages * kRings;
 };
 
 // Which chunk of 16 features of its packed tile (64 features) a thread's first product takes: the warp's own ones,
@@ -66,7 +69,7 @@ __device__ __forceinline__ constexpr int chunk_feature(int warp, int octet) {
 }
 
 struct Parameters {
-  CUtensorMap activations;   // int8   [num_tokens, in_features],              box [tokens / multicast, 128], swizzled
+  CUtensorMap activations;   // int8   [num_tokens, in_features],              box [activation_rows, 128], swizzled
   CUtensorMap weights;       // uint32 [in_features / 16, 2 * out_features],   box [8, 2 * panel_features]
   CUtensorMap group_scales;  // fp16   [in_features / 128, out_features],      box [1, panel_features]
   CUtensorMap output;        // 16 bit [num_tokens, out_features],             box [store_tokens, 64], swizzled
@@ -76,8 +79,13 @@ struct Parameters {
   const void* bias;
   void* output_pointer;
   bool output_is_bfloat16;
-  bool constant_weights;
+  // Blocks with a lower number fetch weights before they wait for the kernel before this one: to L2, or, if the weights
+  // are constant, into their ring.
+  int early_blocks;
+  bool early_into_ring;
 
+  int activation_rows;   // tokens of a stage that a block loads, and bytes of those that the cluster's blocks load for
+  int activation_bytes;  // each other: no more than the tokens there are
   int num_tokens;
   int out_features;
   int stage_count;  // in_features / 128: stages of a whole tile

@@ -66,7 +66,10 @@ __device__ __forceinline__ WorkTile work_tile(const Parameters& p, int work, int
   const int slices = p.split * p.scratch_split;
   const int slice = scratch_rank * p.split + cluster_rank;
   const bool whole = slices == 1;
-  return {token_tile * tile_tokens, feature_tile * tile_features, whole ? 0 : p.stage_count * slice / slices,
+  // The last tile ends with the last token where there are enough: two tiles then give the same bits to the tokens that
+  // both hold. Tokens beyond the last cost the copy engine more than tokens.
+  const int token = min(token_tile * tile_tokens, max(p.num_tokens - tile_tokens, 0));
+  return {token, feature_tile * tile_features, whole ? 0 : p.stage_count * slice / slices,
           whole ? p.stage_count : p.stage_count * (slice + 1) / slices, scratch_rank};
 }
 
@@ -75,7 +78,7 @@ __device__ __forceinline__ void load_weights(const Parameters& p, const Ring<C>&
                                              int block) {
   const uint64_t hint = p.token_tiles == 1 ? kEvictFirst : kEvictNormal;  // read once, or once a token tile
   const uint32_t full = ring.full(stage);
-  barrier_arrive_expect(full, C::kStageBytes);
+  barrier_arrive_expect(full, p.activation_bytes + C::kWeightBytes + C::kScaleBytes);
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
     tma_load(&p.weights, ring.weights(stage) + panel * (C::kWeightBytes / C::kPanels), full,
@@ -91,7 +94,7 @@ __device__ __forceinline__ void load_weights(const Parameters& p, const Ring<C>&
 struct Multicast {
   int blocks;     // that share
   int rank;       // of this block among them
-  int rows;       // tokens that each loads for all
+  int rows;       // tokens that each loads for all (Parameters::activation_rows)
   uint16_t mask;  // of the blocks' ranks in the cluster
 };
 
@@ -120,20 +123,25 @@ __device__ __forceinline__ void prefetch_weights(const Parameters& p, const Work
   }
 }
 
-// The first fill of a ring, in one thread. Weights do not depend on the kernel before this one when the caller has
-// promised so; everything else has to wait for it. Without the promise the same weights are at least brought to L2
+// The first fill of a ring, in one thread. Weights that the caller promised to be constant do not depend on the kernel
+// before this one; everything else has to wait for it. Without the promise weights may at least be brought to L2
 // meanwhile: whoever writes them writes them there. Returns the number of stages filled.
 template <class C>
 __device__ __forceinline__ int fill_ring(const Parameters& p, const Ring<C>& ring, const WorkTile& tile,
                                          const Multicast& multicast) {
   const int filled = min(tile.stage_end - tile.stage_begin, C::kStages);
-  if (!p.constant_weights) {
+  const bool early = static_cast<int>(blockIdx.x) < p.early_blocks;
+  const bool into_ring = early && p.early_into_ring;
+  if (into_ring) {
+    for (int i = 0; i < filled; ++i) load_weights<C>(p, ring, i, tile, tile.stage_begin + i);
+  } else if (early) {
     prefetch_weights<C>(p, tile, tile.stage_begin, tile.stage_begin + filled);
-    wait_for_previous_kernel();
   }
-  for (int i = 0; i < filled; ++i) load_weights<C>(p, ring, i, tile, tile.stage_begin + i);
-  if (p.constant_weights) wait_for_previous_kernel();
-  for (int i = 0; i < filled; ++i) load_activations<C>(p, ring, i, tile, tile.stage_begin + i, multicast);
+  wait_for_previous_kernel();
+  for (int i = 0; i < filled; ++i) {
+    if (!into_ring) load_weights<C>(p, ring, i, tile, tile.stage_begin + i);
+    load_activations<C>(p, ring, i, tile, tile.stage_begin + i, multicast);
+  }
   return filled;
 }
 

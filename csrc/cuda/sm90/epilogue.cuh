@@ -8,9 +8,11 @@
 #include "cuda/common/barrier.cuh"
 #include "cuda/common/cluster.cuh"
 #include "cuda/common/output.cuh"
+#include "cuda/common/shared_memory.cuh"
 #include "cuda/common/tma.cuh"
 #include "cuda/sm90/config.cuh"
 #include "cuda/sm90/copies.cuh"
+#include "cuda/sm90/exchange.cuh"
 
 namespace marlin_qqq::cuda::sm90 {
 
@@ -22,8 +24,15 @@ __device__ __forceinline__ uint32_t transposed(uint32_t block) {
   return result;
 }
 
+__device__ __forceinline__ void add(int4& sum, const int4& part) {
+  sum.x += part.x;
+  sum.y += part.y;
+  sum.z += part.z;
+  sum.w += part.w;
+}
+
 // Channel scales and biases of the features of a thread's sums, fetched before the products so that nothing waits for
-// them after.
+// them after. No bias is -0: adding it changes no value, zeros of either sign included.
 template <class C>
 struct FeatureFactors {
   float channel_scale[C::kBlocks][2];
@@ -37,58 +46,43 @@ struct FeatureFactors {
         const int column = feature + chunk_feature<C::kBlocks>(warp, lane / 8) + 16 * j + 8 * b + lane / 4;
         const bool inside = column < p.out_features;
         channel_scale[j][b] = inside ? __ldg(p.channel_scale + format::stored_channel_scale_column(column)) : 0.0f;
-        bias[j][b] = inside && p.bias != nullptr ? load_bias(p.bias, column, p.output_is_bfloat16) : 0.0f;
+        bias[j][b] = inside && p.bias != nullptr ? load_bias(p.bias, column, p.output_is_bfloat16) : -0.0f;
       }
     }
   }
 };
 
-// A thread's part of the tile's token scales, on their way to shared memory: loaded before the products, stored after.
+// Starts fetching a tile's token scales to shared memory, a copy for each warpgroup, by its threads; zero beyond the
+// last token. The last tile's have been read: store_tile ends with a barrier of the warpgroup.
 template <class C>
-struct TokenScales {
-  static constexpr int kCount = (C::kTokens + 127) / 128;
-  float values[kCount];
-
-  __device__ __forceinline__ void load(const Parameters& p, int token) {
+__device__ __forceinline__ void fetch_token_scales(const Parameters& p, uint32_t token_scales, int token) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int index = threadIdx.x % 128 + 128 * i;
-      values[i] = index < C::kTokens && token + index < p.num_tokens ? p.token_scale[token + index] : 0.0f;
+  for (int i = 0; i < C::kTokens; i += 128) {
+    const int index = threadIdx.x % 128 + i;
+    if (index < C::kTokens) {
+      const bool inside = token + index < p.num_tokens;
+      copy_async_or_zero(token_scales + 4 * index, p.token_scale + (inside ? token + index : 0), inside);
     }
   }
-  __device__ __forceinline__ void store(float* token_scales) const {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int index = threadIdx.x % 128 + 128 * i;
-      if (index < C::kTokens) token_scales[index] = values[i];
-    }
-  }
-};
+}
 
-// A whole tile: this warpgroup's features x tokens. Called by its 128 threads, which have stored its token scales.
-template <class C, bool kHasBias>
-__device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging, const float* token_scales,
-                                           const FeatureFactors<C>& factors, int token, int feature, int warpgroup,
-                                           int warp, int lane, const int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
-  constexpr int kStoreTokens = C::kStoreTokens;
-  constexpr int kChunkBytes = C::kChunkBytes;
-  constexpr int kChunks = C::kTokens / kStoreTokens;
-  const bool leader = threadIdx.x % 128 == 0;
-  const uint32_t warpgroup_staging = staging + warpgroup * 2 * kChunkBytes;
-  const bool bfloat16 = p.output_is_bfloat16;
+// A chunk of a warpgroup's outputs, as the threads hold them: pairs[i][j][b] are two neighbouring features of token 8 *
+// i
+// + lane / 4 of the chunk.
+template <class C>
+struct OutputChunk {
+  static constexpr int kOctets = C::kStoreTokens / 8;
+  uint32_t pairs[kOctets][C::kBlocks][2];
 
-  named_barrier_sync(1 + warpgroup, 128);  // the token scales are there
-#pragma unroll
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
-    const uint32_t buffer = warpgroup_staging + (chunk % 2) * kChunkBytes;
-    // All of a kind before the next kind: each load, conversion and transposition hides the latency of the others.
-    constexpr int kOctets = kStoreTokens / 8;
+  // From sums. All of a kind before the next kind: each load, conversion and transposition hides the others' latency.
+  template <bool kHasBias, bool kBFloat16>
+  __device__ __forceinline__ void convert(int chunk, const int32_t (&sums)[C::kBlocks][C::kTokens / 2],
+                                          const FeatureFactors<C>& factors, uint32_t token_scales, int lane) {
     float2 scale[kOctets];
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
-      scale[i] = *reinterpret_cast<const float2*>(token_scales + chunk * kStoreTokens + 8 * i + 2 * (lane % 4));
+      scale[i] = shared_load_float2(token_scales + 4 * (chunk * C::kStoreTokens + 8 * i + 2 * (lane % 4)));
     }
-    uint32_t pairs[kOctets][C::kBlocks][2];
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
 #pragma unroll
@@ -102,11 +96,11 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
             low = __fadd_rn(low, factors.bias[j][b]);
             high = __fadd_rn(high, factors.bias[j][b]);
           }
-          pairs[i][j][b] = pack_outputs(low, high, bfloat16);
+          pairs[i][j][b] = pack_outputs(low, high, kBFloat16);
         }
       }
     }
-    // Then a thread has two neighbouring features of one token.
+    // A thread has two tokens of one feature: after the transposition, two features of one token.
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
 #pragma unroll
@@ -115,31 +109,76 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
         for (int b = 0; b < 2; ++b) pairs[i][j][b] = transposed(pairs[i][j][b]);
       }
     }
-    // The store that last read this buffer was two chunks ago.
-    if (leader) tma_store_wait_read<1>();
-    named_barrier_sync(1 + warpgroup, 128);
+  }
+
+  // -> a staging buffer, [panels of 64 features][tokens][64], swizzled as the copy engine reads it.
+  __device__ __forceinline__ void stage(uint32_t buffer, int warp, int lane) const {
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
 #pragma unroll
       for (int j = 0; j < C::kBlocks; ++j) {
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
-          const int row = 8 * i + lane / 4;  // token of the chunk
+          const int row = 8 * i + lane / 4;
           const int column = chunk_feature<C::kBlocks>(warp, lane % 4) + 16 * j + 8 * b;
           const uint32_t swizzled = (column % 64 / 8) ^ (row % 8);
-          asm volatile("st.shared.b32 [%0], %1;" ::"r"(buffer + column / 64 * kStoreTokens * 128 + row * 128 +
+          asm volatile("st.shared.b32 [%0], %1;" ::"r"(buffer + column / 64 * C::kStoreTokens * 128 + row * 128 +
                                                        swizzled * 16 + 4 * (lane % 4)),
                        "r"(pairs[i][j][b])
                        : "memory");
         }
       }
     }
+  }
+};
+
+// This block's chunks of a tile (all, unless sums are exchanged), this warpgroup's features. Called by its 128 threads,
+// which have started to fetch its token scales.
+template <class C, bool kHasBias, bool kBFloat16, bool kExchanged>
+__device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging, uint32_t token_scales,
+                                           const FeatureFactors<C>& factors, int token, int feature, int warpgroup,
+                                           int warp, int lane, const Exchange<C>& exchange,
+                                           int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
+  constexpr int kBuffers = C::kStoreBuffers;
+  const bool leader = threadIdx.x % 128 == 0;
+  const uint32_t warpgroup_staging = staging + warpgroup * kBuffers * C::kChunkBytes;
+
+  copy_async_wait_all();
+  if (leader) tma_store_wait_read<0>();
+  named_barrier_sync(1 + warpgroup, 128);  // all threads' token scales are there, and all buffers are free
+  OutputChunk<C> output;
+  if constexpr (!kExchanged) output.template convert<kHasBias, kBFloat16>(0, sums, factors, token_scales, lane);
+#pragma unroll
+  for (int chunk = 0; chunk < C::kChunks; ++chunk) {
+    if constexpr (kExchanged) {
+      if (!exchange.owns(chunk)) continue;
+      exchange.receive(chunk, sums);
+      output.template convert<kHasBias, kBFloat16>(chunk, sums, factors, token_scales, lane);
+    }
+    // The store that last read this buffer was kBuffers chunks ago.
+    if (chunk >= kBuffers) {
+      if (leader) tma_store_wait_read<kBuffers - 1>();
+      named_barrier_sync(1 + warpgroup, 128);
+    }
+    const uint32_t buffer = warpgroup_staging + chunk % kBuffers * C::kChunkBytes;
+    output.stage(buffer, warp, lane);
+    // The next chunk is converted while this one is on its way to shared memory.
+    if (!kExchanged && chunk + 1 < C::kChunks) {
+      output.template convert<kHasBias, kBFloat16>(chunk + 1, sums, factors, token_scales, lane);
+    }
+    // The first warp hands the chunk to the copy engine when all have written it; the others go on.
     async_proxy_fence();
-    named_barrier_sync(1 + warpgroup, 128);
+    const int written = 4 + warpgroup * kBuffers + chunk % kBuffers;
+    if (warp == 0) {
+      named_barrier_sync(written, 128);
+    } else {
+      named_barrier_arrive(written, 128);
+    }
     if (leader) {
 #pragma unroll
       for (int panel = 0; panel < C::kBlocks; ++panel) {
-        tma_store(&p.output, buffer + panel * kStoreTokens * 128, feature + 64 * panel, token + chunk * kStoreTokens);
+        tma_store(&p.output, buffer + panel * C::kStoreTokens * 128, feature + 64 * panel,
+                  token + chunk * C::kStoreTokens);
       }
       tma_store_commit();
     }
@@ -173,54 +212,70 @@ __device__ __forceinline__ void store_partial(uint32_t partial, int warpgroup, i
   }
 }
 
-// Adds the partial sums of the cluster's blocks that share this tile; each block finishes its share of the output, or
-// leaves it to the reduction kernel.
-// Called by the threads that multiply, after every block of the cluster has stored its sums. A thread keeps to its four
-// features and walks over tokens, several at once, because a load from another block takes its time.
+// Adds the partial sums of a block's rings, and those of the cluster's blocks that share the tile. Each block finishes
+// a share of the tokens, or leaves it to the reduction kernel (whole tiles of one block each then); it sends the others
+// what it has of theirs, its rings added up. Called by the threads that multiply, after every block of the cluster has
+// stored its sums. A thread keeps to its four features and walks over tokens.
 template <class C>
-__device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t partial, const WorkTile& tile,
+__device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t shared, const WorkTile& tile,
                                             const ColumnFactors& factors, int block_rank, int thread) {
-  constexpr int kPitch = C::kPartialPitch;
   constexpr int kVectors = C::kFeatures / 4;             // of four features, a token
   constexpr int kRows = C::kConsumerThreads / kVectors;  // tokens that the block's threads take at once
   constexpr int kUnroll = C::kTokens <= 2 * kRows ? 2 : 4;
-  const int split_rank = block_rank / p.multicast;
-  const int first_rank = block_rank - split_rank * p.multicast;
   const int tokens = min(C::kTokens, p.num_tokens - tile.token);
   const int vector = thread % kVectors;
   const int column = tile.feature + 4 * vector;
-  if (column >= p.out_features) return;
-  const int stride = kRows * p.split;
+  const uint32_t partial = shared + C::kPartialOffset + 16 * vector;
+  const uint32_t received = shared + C::kReceivedOffset + 16 * vector;
+  const uint32_t barrier = shared + C::kExchangeBarrierOffset;
+  const auto ring_sums = [&](int row) {
+    int4 sum = {0, 0, 0, 0};
+#pragma unroll
+    for (int ring = 0; ring < C::kRings; ++ring) {
+      add(sum, shared_load_int4(partial + 4 * (ring * C::kTokens + row) * C::kPartialPitch));
+    }
+    return sum;
+  };
 
-  for (int first = split_rank * kRows + thread / kVectors; first < tokens; first += kUnroll * stride) {
+  const int block_rows = p.split == 1 ? tokens : (tokens + p.split - 1) / p.split;
+  const int first_row = block_rank * block_rows;
+  const int last_row = min(first_row + block_rows, tokens);
+  if (p.split > 1) {
+    if (thread == 0) {
+      barrier_arrive_expect(barrier, (p.split - 1) * max(last_row - first_row, 0) * C::kFeatures * 4);
+    }
+    for (int row = thread / kVectors; row < tokens; row += kRows) {
+      const int owner = row / block_rows;
+      if (owner == block_rank) continue;
+      const int slot = (block_rank - (block_rank > owner)) * block_rows + row - owner * block_rows;
+      cluster_store_async(cluster_address(received + slot * C::kFeatures * 4, owner), ring_sums(row),
+                          cluster_address(barrier, owner));
+    }
+    barrier_wait(barrier, 0);
+  }
+  if (column >= p.out_features) return;
+
+  for (int first = first_row + thread / kVectors; first < last_row; first += kUnroll * kRows) {
     int4 sum[kUnroll];
     float token_scale[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int row = first + u * stride;
-      sum[u] = {0, 0, 0, 0};
-      token_scale[u] = row < tokens ? __ldg(p.token_scale + tile.token + row) : 0.0f;
+      const int row = first + u * kRows;
+      token_scale[u] = row < last_row ? __ldg(p.token_scale + tile.token + row) : 0.0f;
     }
-    for (int rank = 0; rank < p.split; ++rank) {
-      const uint32_t remote = cluster_address(partial, first_rank + rank * p.multicast);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) sum[u] = ring_sums(min(first + u * kRows, C::kTokens - 1));
+    for (int sender = 0; sender < p.split - 1; ++sender) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const int row = first + u * stride;
-        if (row >= tokens) break;
-#pragma unroll
-        for (int copy = 0; copy < C::kRings; ++copy) {
-          const int4 part = cluster_load(remote + 4 * ((copy * C::kTokens + row) * kPitch + 4 * vector));
-          sum[u].x += part.x;
-          sum[u].y += part.y;
-          sum[u].z += part.z;
-          sum[u].w += part.w;
-        }
+        const int slot = sender * block_rows + first + u * kRows - first_row;
+        if (first + u * kRows < last_row) add(sum[u], shared_load_int4(received + slot * C::kFeatures * 4));
       }
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int row = first + u * stride;
-      if (row >= tokens) break;
+      const int row = first + u * kRows;
+      if (row >= last_row) break;
       if (p.scratch_split > 1) {
         const int64_t scratch_row = static_cast<int64_t>(tile.scratch_rank) * p.num_tokens + tile.token + row;
         __stcg(reinterpret_cast<int4*>(p.scratch + scratch_row * p.out_features + column), sum[u]);

@@ -2,6 +2,8 @@
 // dequantised into registers (the A operand) and the activations in shared memory (the B operand).
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/sm90/config.cuh"
 #include "cuda/sm90/epilogue.cuh"
 #include "cuda/sm90/mainloop.cuh"
@@ -9,24 +11,22 @@
 
 namespace marlin_qqq::cuda::sm90 {
 
-// The end of a tile whose inputs are shared by the warpgroups, by a cluster or by several clusters.
+// The end of a tile whose inputs are shared by the warpgroups or warps of a block, and perhaps by those of a cluster,
+// or whose sums go to scratch.
 template <class C>
 __device__ __forceinline__ void finish_partial(const Parameters& p, uint32_t shared, const WorkTile& tile,
                                                int cluster_size, int block_rank, int warpgroup, int warp, int lane,
                                                const int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
-  const uint32_t partial = shared + C::kPartialOffset;
   // Fetched before the sums meet. Features beyond the last (of a tile that sticks out) read the last ones' factors.
   const int column = tile.feature + 4 * static_cast<int>(threadIdx.x % (C::kFeatures / 4));
   const ColumnFactors factors(p.channel_scale, p.bias, min(column, p.out_features - 4), p.output_is_bfloat16);
-  named_barrier_sync(8, C::kConsumerThreads);  // all warpgroups are done with the stages
-  store_partial<C>(partial, warpgroup, warp, lane, sums);
-  if (cluster_size > 1) {
-    cluster_arrive();
-    cluster_wait();
-  } else {
-    named_barrier_sync(8, C::kConsumerThreads);
-  }
-  reduce_tile<C>(p, partial, tile, factors, block_rank, threadIdx.x);
+  const bool exchanges = C::kDepthSplit && cluster_size > 1;
+  named_barrier_sync(3, C::kConsumerThreads);  // all warpgroups are done with the stages
+  if (exchanges) cluster_arrive();
+  store_partial<C>(shared + C::kPartialOffset, warpgroup, warp, lane, sums);
+  named_barrier_sync(3, C::kConsumerThreads);
+  if (exchanges) cluster_wait();  // the cluster's blocks are done with theirs
+  reduce_tile<C>(p, shared, tile, factors, C::kDepthSplit ? block_rank : 0, threadIdx.x);
 }
 
 template <class C>
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
   // The next kernel may start once all blocks of this one have: it waits for our results itself.
   allow_next_kernel();
 
-  // Barriers
+  // Barriers. One thread is fastest: the fence costs more than the initialisations, and would be one a thread.
   if (threadIdx.x == 0) {
     tma_prefetch_map(&p.weights);
     if constexpr (C::kGrouped) tma_prefetch_map(&p.group_scales);
@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
         barrier_init(ring.empty(stage), C::kConsumerThreads / 32 * p.multicast);
       }
     }
+    for (int i = 0; i < C::kTile.exchange_barriers(); ++i) barrier_init(shared + C::kExchangeBarrierOffset + 8 * i, 1);
     barrier_init_fence();
   }
   if (p.multicast > 1) {
@@ -84,14 +85,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
     if (warp == C::kConsumerThreads / 32 && lane == 0) {
       const int rank = block_rank % p.multicast;
       const auto mask = static_cast<uint16_t>(((1 << p.multicast) - 1) << (block_rank - rank));
-      produce<C>(p, Ring<C>::of(shared, 0), {p.multicast, rank, C::kTokens / p.multicast, mask}, tile_walk());
+      produce<C>(p, Ring<C>::of(shared, 0), {p.multicast, rank, p.activation_rows, mask}, tile_walk());
     }
     __syncwarp();
     if (cluster_size > 1) {
-      if (partial) {
-        cluster_arrive();
-        cluster_wait();
-      }
       cluster_arrive();
       cluster_wait();
     }
@@ -133,35 +130,46 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
     } else {
       const WeightReader<C> reader(warpgroup, warp % 4, lane);
       const auto release = stage_release<C>(ring, lane, p.multicast, block_rank - block_rank % p.multicast);
-      auto* token_scales =
-          reinterpret_cast<float*>(__cvta_shared_to_generic(shared + C::kTokenScaleOffset)) + C::kTokens * warpgroup;
+      const uint32_t token_scales = shared + C::kTokenScaleOffset + 4 * C::kTokens * warpgroup;
       wait_for_previous_kernel();
       while (next_tile(tile)) {
         const int first_feature = tile.feature + warpgroup * C::kWarpgroupFeatures;
         FeatureFactors<C> factors;
-        TokenScales<C> own_token_scales;
-        if (!partial) {
+        if (p.scratch_split == 1) {
           factors.load(p, first_feature, warp % 4, lane);
-          own_token_scales.load(p, tile.token);
+          fetch_token_scales<C>(p, token_scales, tile.token);
         }
+        if (p.split > 1 && threadIdx.x == 0) Exchange<C>(p, shared, tile).expect();
         consume<C>(ring, position, tile, reader, release, sums);
-        if (partial) {
+        if (p.scratch_split > 1) {
           finish_partial<C>(p, shared, tile, cluster_size, block_rank, warpgroup, warp % 4, lane, sums);
         } else {
-          own_token_scales.store(token_scales);
-          if (p.bias != nullptr) {
-            store_tile<C, true>(p, shared, token_scales, factors, tile.token, first_feature, warpgroup, warp % 4, lane,
-                                sums);
+          const Exchange<C> exchange(p, shared, tile);
+          const auto store = [&](auto kHasBias, auto kBFloat16, auto kExchanged) {
+            store_tile<C, kHasBias, kBFloat16, kExchanged>(p, shared, token_scales, factors, tile.token, first_feature,
+                                                           warpgroup, warp % 4, lane, exchange, sums);
+          };
+          using std::false_type, std::true_type;
+          if (p.split > 1) {
+            cluster_arrive();
+            cluster_wait();  // all blocks are done with their stages
+            exchange.send(sums);
+            p.output_is_bfloat16 ? store(true_type{}, true_type{}, true_type{})
+                                 : store(true_type{}, false_type{}, true_type{});
+          } else if (p.bias != nullptr) {
+            p.output_is_bfloat16 ? store(true_type{}, true_type{}, false_type{})
+                                 : store(true_type{}, false_type{}, false_type{});
           } else {
-            store_tile<C, false>(p, shared, token_scales, factors, tile.token, first_feature, warpgroup, warp % 4, lane,
-                                 sums);
+            p.output_is_bfloat16 ? store(false_type{}, true_type{}, false_type{})
+                                 : store(false_type{}, false_type{}, false_type{});
           }
         }
       }
       if (threadIdx.x % 128 == 0) tma_store_wait_all();
     }
-    // No block leaves while another may still write into its shared memory or read from it.
-    if (cluster_size > 1) {
+    // No block leaves while another may still write into its shared memory. Blocks that exchange sums have waited for
+    // all that is written.
+    if (p.split == 1 && p.multicast > 1) {
       cluster_arrive();
       cluster_wait();
     }
