@@ -17,8 +17,10 @@ MARLIN_QQQ_HOST_DEVICE constexpr int64_t logical_group_scale_column(int64_t stor
   return stored_group_scale_column(stored);
 }
 
-MARLIN_QQQ_HOST_DEVICE constexpr int64_t stored_channel_scale_column(int64_t n) {
-  const int64_t j = n % 32;
+// Kernels pass uint32_t, for which the divisions are shifts and masks.
+template <class Integer>
+MARLIN_QQQ_HOST_DEVICE constexpr Integer stored_channel_scale_column(Integer n) {
+  const Integer j = n % 32;
   return n - j + 8 * ((j % 8) / 2) + 2 * (j / 8) + j % 2;
 }
 

@@ -23,7 +23,6 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   const bool grouped = problem.group_size > 0;
   const int cluster_size = plan.split * plan.multicast;
   const int total_split = plan.split * plan.scratch_split;
-  const bool partial = tile.depth_split() || total_split > 1;
 
   const SliceCycles slice = {features * tokens * 128 / model.macs_per_cycle,
                              features * (grouped ? model.group_dequant_cycles : model.channel_dequant_cycles) *
@@ -41,19 +40,22 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   const double channel_latency = tile.warp_rings() ? model.warp_channel_stage_latency : model.channel_stage_latency;
   const double group_latency = tile.warp_rings() ? model.warp_group_stage_latency : model.group_stage_latency;
   const double latency =
-      (grouped ? group_latency : channel_latency) + model.stage_latency_per_token * tokens * tile.blocks;
+      std::max((grouped ? group_latency : channel_latency) + model.stage_latency_per_token * tokens * tile.blocks,
+               model.memory_latency / tile.stages);
   const double mainloop = norm(rounds * stages * overlapped(slice, model.unit_norm),
                                waves * std::ceil(stages / tile.rings()) * latency, model.latency_norm);
 
   const double outputs = features * tokens;
   double ending = model.wave_cycles;
   double tail = model.launch_cycles;
-  if (partial) {
-    ending += plan.split == 1 ? model.block_reduction_cycles
-                              : model.cluster_reduction_cycles + model.cluster_reduction_per_block * (plan.split - 2);
-    ending += outputs * 4 * tile.rings() / model.reduction_bytes_per_cycle;
+  if (tile.depth_split() || plan.scratch_split > 1) {
+    ending += model.block_reduction_cycles + outputs * 4 * tile.rings() / model.reduction_bytes_per_cycle;
   } else {
-    tail += outputs / model.epilogue_outputs_per_cycle;  // the stores before the last tile's are hidden
+    tail += outputs / plan.split / model.epilogue_outputs_per_cycle;  // the stores before the last tile's are hidden
+  }
+  if (plan.split > 1) {
+    ending += model.cluster_reduction_cycles + model.cluster_reduction_per_block * (plan.split - 2) +
+              outputs * 4 * (plan.split - 1) / plan.split / model.exchange_bytes_per_cycle;
   }
   // Half a grid: two launches share the multiprocessors, and one fetches its weights while the other multiplies.
   if (tile.blocks_per_sm == 1 && 2 * works * cluster_size <= usable_sms) tail -= model.neighbour_cycles;

@@ -70,8 +70,9 @@ struct Sm90Tile {
     const int received = (split - 1) * block_tokens * features() * 4;
     return received + (depth_split() ? partial_bytes() : 0) <= pipeline_bytes();
   }
-  // Barriers, the token scales of the warpgroups, and the slack that aligns the stages to 1,024 bytes.
-  constexpr int token_scale_bytes() const { return depth_split() ? 0 : warpgroups * 4 * tokens; }
+  // Barriers, the token scales of the warpgroups' tiles (this one's and the next one's), and the slack that aligns the
+  // stages to 1,024 bytes.
+  constexpr int token_scale_bytes() const { return depth_split() ? 0 : warpgroups * 2 * 4 * tokens; }
   constexpr int exchange_barriers() const { return depth_split() ? 1 : (tokens / store_tokens() + 1) / 2; }
   constexpr int fixed_bytes() const {
     return 8 * (2 * stages * rings() + exchange_barriers()) + token_scale_bytes() + 1024 + 64;

@@ -41,10 +41,11 @@ struct ColumnFactors {
   __device__ __forceinline__ ColumnFactors(const float* channel_scales, const void* biases, int column, bool bfloat16)
       : bias{0, 0, 0, 0}, has_bias(biases != nullptr), bfloat16(bfloat16) {
     // Two pairs of neighbours in the stored order: see format::stored_channel_scale_column.
+    const auto first = static_cast<uint32_t>(column);
     const float2 scale01 =
-        __ldg(reinterpret_cast<const float2*>(channel_scales + format::stored_channel_scale_column(column)));
+        __ldg(reinterpret_cast<const float2*>(channel_scales + format::stored_channel_scale_column(first)));
     const float2 scale23 =
-        __ldg(reinterpret_cast<const float2*>(channel_scales + format::stored_channel_scale_column(column + 2)));
+        __ldg(reinterpret_cast<const float2*>(channel_scales + format::stored_channel_scale_column(first + 2)));
     channel_scale = {scale01.x, scale01.y, scale23.x, scale23.y};
     if (has_bias) {
       bias = {load_bias(biases, column, bfloat16), load_bias(biases, column + 1, bfloat16),

@@ -79,9 +79,10 @@ struct Parameters {
   const void* bias;
   void* output_pointer;
   bool output_is_bfloat16;
-  // Blocks with a lower number fetch weights before they wait for the kernel before this one: to L2, or, if the weights
-  // are constant, into their ring.
+  // Blocks with a lower number than early_blocks fetch the weights of a ring's first early_stages stages before they
+  // wait for the kernel before this one: to L2, or, if the weights are constant, into the ring.
   int early_blocks;
+  int early_stages;
   bool early_into_ring;
 
   int activation_rows;   // tokens of a stage that a block loads, and bytes of those that the cluster's blocks load for

@@ -130,16 +130,13 @@ template <class C>
 __device__ __forceinline__ int fill_ring(const Parameters& p, const Ring<C>& ring, const WorkTile& tile,
                                          const Multicast& multicast) {
   const int filled = min(tile.stage_end - tile.stage_begin, C::kStages);
-  const bool early = static_cast<int>(blockIdx.x) < p.early_blocks;
-  const bool into_ring = early && p.early_into_ring;
-  if (into_ring) {
-    for (int i = 0; i < filled; ++i) load_weights<C>(p, ring, i, tile, tile.stage_begin + i);
-  } else if (early) {
-    prefetch_weights<C>(p, tile, tile.stage_begin, tile.stage_begin + filled);
-  }
+  const int early = static_cast<int>(blockIdx.x) < p.early_blocks ? min(p.early_stages, filled) : 0;
+  const int in_ring = p.early_into_ring ? early : 0;
+  for (int i = 0; i < in_ring; ++i) load_weights<C>(p, ring, i, tile, tile.stage_begin + i);
+  if (!p.early_into_ring) prefetch_weights<C>(p, tile, tile.stage_begin, tile.stage_begin + early);
   wait_for_previous_kernel();
   for (int i = 0; i < filled; ++i) {
-    if (!into_ring) load_weights<C>(p, ring, i, tile, tile.stage_begin + i);
+    if (i >= in_ring) load_weights<C>(p, ring, i, tile, tile.stage_begin + i);
     load_activations<C>(p, ring, i, tile, tile.stage_begin + i, multicast);
   }
   return filled;

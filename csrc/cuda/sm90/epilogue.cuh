@@ -43,17 +43,19 @@ struct FeatureFactors {
     for (int j = 0; j < C::kBlocks; ++j) {
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
-        const int column = feature + chunk_feature<C::kBlocks>(warp, lane / 8) + 16 * j + 8 * b + lane / 4;
-        const bool inside = column < p.out_features;
-        channel_scale[j][b] = inside ? __ldg(p.channel_scale + format::stored_channel_scale_column(column)) : 0.0f;
-        bias[j][b] = inside && p.bias != nullptr ? load_bias(p.bias, column, p.output_is_bfloat16) : -0.0f;
+        // Features beyond the last, which are not stored, get the last one's.
+        const int column =
+            min(feature + chunk_feature<C::kBlocks>(warp, lane / 8) + 16 * j + 8 * b + lane / 4, p.out_features - 1);
+        channel_scale[j][b] =
+            __ldg(p.channel_scale + format::stored_channel_scale_column(static_cast<uint32_t>(column)));
+        bias[j][b] = p.bias != nullptr ? load_bias(p.bias, column, p.output_is_bfloat16) : -0.0f;
       }
     }
   }
 };
 
 // Starts fetching a tile's token scales to shared memory, a copy for each warpgroup, by its threads; zero beyond the
-// last token. The last tile's have been read: store_tile ends with a barrier of the warpgroup.
+// last token.
 template <class C>
 __device__ __forceinline__ void fetch_token_scales(const Parameters& p, uint32_t token_scales, int token) {
 #pragma unroll
@@ -74,15 +76,19 @@ struct OutputChunk {
   static constexpr int kOctets = C::kStoreTokens / 8;
   uint32_t pairs[kOctets][C::kBlocks][2];
 
-  // From sums. All of a kind before the next kind: each load, conversion and transposition hides the others' latency.
-  template <bool kHasBias, bool kBFloat16>
-  __device__ __forceinline__ void convert(int chunk, const int32_t (&sums)[C::kBlocks][C::kTokens / 2],
-                                          const FeatureFactors<C>& factors, uint32_t token_scales, int lane) {
-    float2 scale[kOctets];
+  float2 scale[kOctets];  // of the thread's tokens
+
+  __device__ __forceinline__ void load_scales(int chunk, uint32_t token_scales, int lane) {
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
       scale[i] = shared_load_float2(token_scales + 4 * (chunk * C::kStoreTokens + 8 * i + 2 * (lane % 4)));
     }
+  }
+
+  // From sums. All of a kind before the next kind: each conversion and transposition hides the others' latency.
+  template <bool kHasBias, bool kBFloat16>
+  __device__ __forceinline__ void convert(int chunk, const int32_t (&sums)[C::kBlocks][C::kTokens / 2],
+                                          const FeatureFactors<C>& factors) {
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
 #pragma unroll
@@ -140,35 +146,64 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
                                            int warp, int lane, const Exchange<C>& exchange,
                                            int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
   constexpr int kBuffers = C::kStoreBuffers;
+  // Chunks that go to the copy engine together: each time, the threads wait for their writes to shared memory.
+  constexpr int kGroup = kExchanged ? 1 : 2;
+  constexpr int kGroups = kBuffers / kGroup;
   const bool leader = threadIdx.x % 128 == 0;
   const uint32_t warpgroup_staging = staging + warpgroup * kBuffers * C::kChunkBytes;
 
   copy_async_wait_all();
   if (leader) tma_store_wait_read<0>();
   named_barrier_sync(1 + warpgroup, 128);  // all threads' token scales are there, and all buffers are free
+  // Chunks are sent some ahead of those that are finished: the network between the blocks and the arithmetic work at
+  // the same time.
+  constexpr int kAhead = C::kChunks < 4 ? C::kChunks : 4;
+  typename Exchange<C>::Turn turn;
+  typename Exchange<C>::Turn turn_ahead;
+  if constexpr (kExchanged) {
+#pragma unroll
+    for (int chunk = 0; chunk < kAhead; ++chunk) {
+      exchange.send(chunk, turn_ahead, sums);
+      turn_ahead.next(exchange.split);
+    }
+  }
   OutputChunk<C> output;
-  if constexpr (!kExchanged) output.template convert<kHasBias, kBFloat16>(0, sums, factors, token_scales, lane);
+  if constexpr (!kExchanged) {
+    output.load_scales(0, token_scales, lane);
+    output.template convert<kHasBias, kBFloat16>(0, sums, factors);
+    if (C::kChunks > 1) output.load_scales(1, token_scales, lane);
+  }
 #pragma unroll
   for (int chunk = 0; chunk < C::kChunks; ++chunk) {
+    int place = chunk;  // among this block's chunks
     if constexpr (kExchanged) {
-      if (!exchange.owns(chunk)) continue;
-      exchange.receive(chunk, sums);
-      output.template convert<kHasBias, kBFloat16>(chunk, sums, factors, token_scales, lane);
+      if (chunk + kAhead < C::kChunks) {
+        exchange.send(chunk + kAhead, turn_ahead, sums);
+        turn_ahead.next(exchange.split);
+      }
+      place = turn.place;
+      const bool own = chunk < exchange.chunks && turn.owner == exchange.rank;
+      turn.next(exchange.split);
+      if (!own) continue;
+      output.load_scales(chunk, token_scales, lane);
+      exchange.receive(chunk, place, sums);
+      output.template convert<kHasBias, kBFloat16>(chunk, sums, factors);
     }
-    // The store that last read this buffer was kBuffers chunks ago.
-    if (chunk >= kBuffers) {
-      if (leader) tma_store_wait_read<kBuffers - 1>();
+    // The store that last read this buffer was kGroups groups ago.
+    if (place >= kBuffers && place % kGroup == 0) {
+      if (leader) tma_store_wait_read<kGroups - 1>();
       named_barrier_sync(1 + warpgroup, 128);
     }
-    const uint32_t buffer = warpgroup_staging + chunk % kBuffers * C::kChunkBytes;
-    output.stage(buffer, warp, lane);
+    output.stage(warpgroup_staging + place % kBuffers * C::kChunkBytes, warp, lane);
     // The next chunk is converted while this one is on its way to shared memory.
     if (!kExchanged && chunk + 1 < C::kChunks) {
-      output.template convert<kHasBias, kBFloat16>(chunk + 1, sums, factors, token_scales, lane);
+      output.template convert<kHasBias, kBFloat16>(chunk + 1, sums, factors);
+      if (chunk + 2 < C::kChunks) output.load_scales(chunk + 2, token_scales, lane);
     }
-    // The first warp hands the chunk to the copy engine when all have written it; the others go on.
+    if (place % kGroup != kGroup - 1 && chunk + 1 < C::kChunks) continue;
+    // The first warp hands the group to the copy engine when all have written it; the others go on.
     async_proxy_fence();
-    const int written = 4 + warpgroup * kBuffers + chunk % kBuffers;
+    const int written = 4 + warpgroup * kGroups + place / kGroup % kGroups;
     if (warp == 0) {
       named_barrier_sync(written, 128);
     } else {
@@ -176,9 +211,13 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
     }
     if (leader) {
 #pragma unroll
-      for (int panel = 0; panel < C::kBlocks; ++panel) {
-        tma_store(&p.output, buffer + panel * C::kStoreTokens * 128, feature + 64 * panel,
-                  token + chunk * C::kStoreTokens);
+      for (int back = place % kGroup; back >= 0; --back) {
+        const int row = token + (chunk - back) * C::kStoreTokens;
+        const uint32_t source = warpgroup_staging + (place - back) % kBuffers * C::kChunkBytes;
+#pragma unroll
+        for (int panel = 0; panel < C::kBlocks; ++panel) {
+          tma_store(&p.output, source + panel * C::kStoreTokens * 128, feature + 64 * panel, row);
+        }
       }
       tma_store_commit();
     }

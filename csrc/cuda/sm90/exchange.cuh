@@ -1,6 +1,6 @@
-// Adding the sums of a cluster's blocks that share a tile's inputs. The tile's tokens are shared out in chunks of the
-// epilogue; every block sends the chunks of the others straight from its registers into their shared memory and keeps
-// its own, so that only what has to travel does, and nobody waits for a load from another block.
+// Adding the sums of a cluster's blocks that share a tile's inputs. The blocks take turns at the chunks of the
+// epilogue's tokens; every block sends the others' chunks straight from its registers into their shared memory and
+// keeps its own, so that only what has to travel does, and nobody waits for a load from another block.
 #pragma once
 
 #include "cuda/common/barrier.cuh"
@@ -21,8 +21,8 @@ struct Exchange {
   int rank;        // of this one among them
   int first_rank;  // theirs in the cluster: first_rank + i * rank_stride
   int rank_stride;
-  int chunks;         // of the tile that hold tokens
-  int block_chunks;   // that a block finishes; the last one may have fewer or none
+  int chunks;         // of the tile that hold tokens: chunk i is for block i % split to finish
+  int block_chunks;   // that a block finishes at most
   uint32_t received;  // [split - 1][block_chunks] chunks from the others, over the stages
   uint32_t barriers;  // one for each of the block's chunks
 
@@ -36,48 +36,46 @@ struct Exchange {
         received(shared + C::kRingOffset),
         barriers(shared + C::kExchangeBarrierOffset) {}
 
-  __device__ __forceinline__ bool owns(int chunk) const {
-    return chunk >= rank * block_chunks && chunk < min((rank + 1) * block_chunks, chunks);
-  }
+  // Whose a chunk is, and which of that block's: counted along with the chunks, without divisions.
+  struct Turn {
+    int owner = 0;
+    int place = 0;
+    __device__ __forceinline__ void next(int split) {
+      if (++owner == split) {
+        owner = 0;
+        ++place;
+      }
+    }
+  };
 
   // In one thread, before anything is sent.
   __device__ __forceinline__ void expect() const {
-    const int count = min(block_chunks, chunks - rank * block_chunks);
-    for (int i = 0; i < count; ++i) barrier_arrive_expect(barriers + 8 * i, (split - 1) * kChunkBytes);
+    for (int i = 0; i * split + rank < chunks; ++i) {
+      barrier_arrive_expect(barriers + 8 * i, (split - 1) * kChunkBytes);
+    }
   }
 
-  // Sends the chunks of the other blocks, which must be done with their stages.
-  __device__ __forceinline__ void send(const int32_t (&sums)[C::kBlocks][C::kTokens / 2]) const {
-    int owner = 0;
-    int place = 0;
+  // Sends a chunk to its owner, which must be done with its stages, unless it is this block's.
+  __device__ __forceinline__ void send(int chunk, const Turn& turn,
+                                       const int32_t (&sums)[C::kBlocks][C::kTokens / 2]) const {
+    if (chunk >= chunks || turn.owner == rank) return;
+    const int block = first_rank + turn.owner * rank_stride;
+    const int sender = rank - (rank > turn.owner);
+    const uint32_t target = cluster_address(
+        received + (sender * block_chunks + turn.place) * kChunkBytes + 16 * static_cast<int>(threadIdx.x), block);
+    const uint32_t barrier = cluster_address(barriers + 8 * turn.place, block);
 #pragma unroll
-    for (int chunk = 0; chunk < C::kChunks; ++chunk) {
-      if (chunk < chunks && owner != rank) {
-        const int block = first_rank + owner * rank_stride;
-        const int sender = rank - (rank > owner);
-        const uint32_t target = cluster_address(
-            received + (sender * block_chunks + place) * kChunkBytes + 16 * static_cast<int>(threadIdx.x), block);
-        const uint32_t barrier = cluster_address(barriers + 8 * place, block);
+    for (int i = 0; i < kOctets; ++i) {
 #pragma unroll
-        for (int i = 0; i < kOctets; ++i) {
-#pragma unroll
-          for (int j = 0; j < C::kBlocks; ++j) {
-            const int32_t* sum = &sums[j][4 * (chunk * kOctets + i)];
-            cluster_store_async(target + (i * C::kBlocks + j) * kVectorBytes, {sum[0], sum[1], sum[2], sum[3]},
-                                barrier);
-          }
-        }
-      }
-      if (++place == block_chunks) {
-        place = 0;
-        ++owner;
+      for (int j = 0; j < C::kBlocks; ++j) {
+        const int32_t* sum = &sums[j][4 * (chunk * kOctets + i)];
+        cluster_store_async(target + (i * C::kBlocks + j) * kVectorBytes, {sum[0], sum[1], sum[2], sum[3]}, barrier);
       }
     }
   }
 
   // Adds what the others sent of one of this block's own chunks.
-  __device__ __forceinline__ void receive(int chunk, int32_t (&sums)[C::kBlocks][C::kTokens / 2]) const {
-    const int place = chunk - rank * block_chunks;
+  __device__ __forceinline__ void receive(int chunk, int place, int32_t (&sums)[C::kBlocks][C::kTokens / 2]) const {
     barrier_wait(barriers + 8 * place, 0);
 #pragma unroll 1
     for (int sender = 0; sender < split - 1; ++sender) {

@@ -130,10 +130,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
     } else {
       const WeightReader<C> reader(warpgroup, warp % 4, lane);
       const auto release = stage_release<C>(ring, lane, p.multicast, block_rank - block_rank % p.multicast);
-      const uint32_t token_scales = shared + C::kTokenScaleOffset + 4 * C::kTokens * warpgroup;
+      const uint32_t both_token_scales = shared + C::kTokenScaleOffset + 2 * 4 * C::kTokens * warpgroup;
+      uint32_t odd_tile = 0;
       wait_for_previous_kernel();
       while (next_tile(tile)) {
         const int first_feature = tile.feature + warpgroup * C::kWarpgroupFeatures;
+        // A warp may be one tile ahead of another, which still reads that tile's token scales.
+        const uint32_t token_scales = both_token_scales + 4 * C::kTokens * odd_tile;
+        odd_tile ^= 1;
         FeatureFactors<C> factors;
         if (p.scratch_split == 1) {
           factors.load(p, first_feature, warp % 4, lane);
@@ -153,7 +157,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
           if (p.split > 1) {
             cluster_arrive();
             cluster_wait();  // all blocks are done with their stages
-            exchange.send(sums);
             p.output_is_bfloat16 ? store(true_type{}, true_type{}, true_type{})
                                  : store(true_type{}, false_type{}, true_type{});
           } else if (p.bias != nullptr) {

@@ -38,21 +38,26 @@ int activation_rows(const plan::Sm90Tile& tile, int64_t num_tokens, int multicas
   return static_cast<int>(divide_up(tokens, 8 * multicast)) * 8;
 }
 
-// How blocks that may start while the kernel before this one still runs fetch their first weights. The measurements are
-// an H100's.
-void plan_early_fetch(Parameters& p, const plan::Sm90Tile& tile, const plan::Plan& plan, bool constant_weights) {
-  p.early_blocks = 0;
-  p.early_into_ring = false;
-  // With many tokens, weights are a small part of the work, and fetched early they are in the way of the kernel before:
-  // 4096x4096, M = 256, 10.9 us with it, 10.4 without.
-  if (!tile.depth_split()) return;
-  const bool most_of_the_device = 4 * plan.grid >= 3 * plan.resident_blocks;
-  // What is on its way into the rings while the kernel before ends is time won on the memory bus. From 33 tokens on, L2
-  // is the better place, unless the other half of the device is free for it.
-  p.early_into_ring = constant_weights && (tile.tokens <= 32 || !most_of_the_device);
-  // To L2 it is a second pass through L2. Not worth it where the kernel before, on the other half of the device, is
-  // fetching its own weights at that moment: 4096x4096, M = 1, 5.5 us with it, 4.9 without.
-  if (p.early_into_ring || most_of_the_device) p.early_blocks = plan.resident_blocks;
+// How blocks that may start while the kernel before this one still runs fetch their first weights. All measured on an
+// H100, with none, one, two, three and all stages of a ring, to the ring and to L2.
+void plan_early_fetch(Parameters& p, const plan::Sm90Tile& tile, const plan::Plan& plan, bool grouped,
+                      bool constant_weights) {
+  const bool few_tokens = tile.depth_split() && tile.tokens <= 32;
+  const bool whole_device = 4 * plan.grid >= 3 * plan.resident_blocks;
+  p.early_blocks = plan.resident_blocks;
+  // Into the ring: what is on its way there while the kernel before ends is time won on the memory bus. With many
+  // tokens two stages are enough, and more would stand in front of the activations. In between, L2 is the better place,
+  // unless the other half of the device is free.
+  p.early_into_ring = constant_weights && (few_tokens || !whole_device || !tile.depth_split());
+  // To L2, it is a second pass through L2: two stages. And none where the kernel before is on the other half of the
+  // device, for it is fetching its own weights at that moment: 4096x4096, M = 1, 5.3 us with all, 4.8 with none.
+  if (p.early_into_ring) {
+    p.early_stages = tile.depth_split() ? tile.stages : 2;
+  } else if (whole_device) {
+    p.early_stages = tile.depth_split() && !few_tokens && !grouped ? tile.stages : 2;
+  } else {
+    p.early_stages = 0;
+  }
 }
 
 }  // namespace
@@ -91,7 +96,7 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   p.bias = arguments.bias;
   p.output_pointer = arguments.output;
   p.output_is_bfloat16 = arguments.output_type == OutputType::kBFloat16;
-  plan_early_fetch(p, tile, plan, arguments.constant_weights);
+  plan_early_fetch(p, tile, plan, grouped, arguments.constant_weights);
   p.num_tokens = static_cast<int>(problem.num_tokens);
   p.out_features = static_cast<int>(problem.out_features);
   p.stage_count = static_cast<int>(divide_up(problem.in_features, 128));
