@@ -5,61 +5,61 @@
 namespace marlin_qqq::plan {
 
 // Cycles are of the device's nominal clock; a rate is a multiprocessor's unless it says otherwise.
-// Fitted on NVIDIA H100 80GB HBM3: 504 problems, 5,322 candidates, mean loss 1.0%.
+// Fitted on NVIDIA H100 80GB HBM3: 504 problems, 5,357 candidates, mean loss 1.0%.
 struct Sm90Model {
   // int8 products of wgmma, a cycle
-  double macs_per_cycle = 3425;
+  double macs_per_cycle = 3503;
   // bytes from L2 into shared memory, a cycle
-  double feed_bytes_per_cycle = 196.9;
+  double feed_bytes_per_cycle = 182.2;
   // cycles that dequantise an output feature's 128 inputs, per-channel and with group scales
-  double channel_dequant_cycles = 1.434;
-  double group_dequant_cycles = 4.14;
+  double channel_dequant_cycles = 1.858;
+  double group_dequant_cycles = 4.612;
   // order of the norm that joins these three: how well the units overlap, the larger, the better
-  double unit_norm = 1.652;
+  double unit_norm = 1.829;
 
   // cycles that a ring's stage takes at least, however idle the multiprocessor is
-  double channel_stage_latency = 537.3;
-  double group_stage_latency = 820.3;
+  double channel_stage_latency = 508.6;
+  double group_stage_latency = 826.9;
   // the same for the rings of single warps, which take all of a tile's features
   double warp_channel_stage_latency = 600;
-  double warp_group_stage_latency = 1514;
+  double warp_group_stage_latency = 1490;
   // what dequantisation costs such warps, against others
-  double warp_dequant_fraction = 0.6977;
+  double warp_dequant_fraction = 0.7705;
   // and more cycles a stage for every token and 64 features of the tile
-  double stage_latency_per_token = 0.08571;
+  double stage_latency_per_token = 0.07989;
   // cycles from a stage's request to its arrival: a ring has all its stages on their way at most
-  double memory_latency = 2457;
+  double memory_latency = 2612;
   // order of the norm that joins the stages' latency with the units' work
-  double latency_norm = 84.24;
+  double latency_norm = 105.7;
 
   // cycles of a launch: first bytes to arrive, barriers, the last store
-  double launch_cycles = 2641;
+  double launch_cycles = 2276;
   // cycles of it that are hidden where the next launch's blocks find multiprocessors of their own
-  double neighbour_cycles = 2486;
+  double neighbour_cycles = 2623;
   // more cycles that reduce a cluster of two blocks, and for every further block
-  double cluster_reduction_cycles = 2656;
-  double cluster_reduction_per_block = 292.1;
+  double cluster_reduction_cycles = 2795;
+  double cluster_reduction_per_block = 243.9;
   // bytes of sums that a block sends to the others of its cluster, a cycle
-  double exchange_bytes_per_cycle = 11.68;
+  double exchange_bytes_per_cycle = 13.79;
   // cycles that reduce within a block
-  double block_reduction_cycles = 4776;
+  double block_reduction_cycles = 3509;
   // bytes of partial sums read, a cycle
-  double reduction_bytes_per_cycle = 219.1;
+  double reduction_bytes_per_cycle = 70.18;
   // outputs of the last tile that are stored, a cycle
-  double epilogue_outputs_per_cycle = 395.8;
+  double epilogue_outputs_per_cycle = 339.5;
   // cycles between a block's tiles
-  double wave_cycles = 999.8;
+  double wave_cycles = 1411;
   // microseconds of the second, dependent launch that adds the sums in scratch
-  double reduction_kernel_us = 0.8461;
+  double reduction_kernel_us = 0.9935;
   // bytes of such sums written and read in L2 by the whole GPU, a microsecond
-  double scratch_bytes_per_us = 5.554e6;
+  double scratch_bytes_per_us = 6.141e6;
   // part of its time that a block waits for each neighbour it shares activations with
-  double multicast_penalty = 0.04098;
+  double multicast_penalty = 0.06383;
 
   // part of the memory bus's rate that a product reaches
-  double bandwidth_fraction = 0.9501;
+  double bandwidth_fraction = 0.9486;
   // order of the norm that joins the bytes' time with the multiprocessors'
-  double bandwidth_norm = 3.086;
+  double bandwidth_norm = 3.574;
 };
 
 inline constexpr Sm90Model kSm90Model{};

@@ -39,24 +39,21 @@ int activation_rows(const plan::Sm90Tile& tile, int64_t num_tokens, int multicas
 }
 
 // How blocks that may start while the kernel before this one still runs fetch their first weights. All measured on an
-// H100, with none, one, two, three and all stages of a ring, to the ring and to L2.
+// H100, with none, one, two, three and all stages of a ring, to the ring and to L2, with and without a quantisation
+// between the products. What is on its way into the rings while the kernel before ends is time won on the memory bus;
+// but it is in the way of that kernel's last loads and of the quantisation, which the product then waits for.
 void plan_early_fetch(Parameters& p, const plan::Sm90Tile& tile, const plan::Plan& plan, bool grouped,
                       bool constant_weights) {
   const bool few_tokens = tile.depth_split() && tile.tokens <= 32;
   const bool whole_device = 4 * plan.grid >= 3 * plan.resident_blocks;
   p.early_blocks = plan.resident_blocks;
-  // Into the ring: what is on its way there while the kernel before ends is time won on the memory bus. With many
-  // tokens two stages are enough, and more would stand in front of the activations. In between, L2 is the better place,
-  // unless the other half of the device is free.
-  p.early_into_ring = constant_weights && (few_tokens || !whole_device || !tile.depth_split());
-  // To L2, it is a second pass through L2: two stages. And none where the kernel before is on the other half of the
-  // device, for it is fetching its own weights at that moment: 4096x4096, M = 1, 5.3 us with all, 4.8 with none.
+  p.early_into_ring = constant_weights && (few_tokens || grouped || !whole_device);
   if (p.early_into_ring) {
-    p.early_stages = tile.depth_split() ? tile.stages : 2;
-  } else if (whole_device) {
-    p.early_stages = tile.depth_split() && !few_tokens && !grouped ? tile.stages : 2;
+    p.early_stages = few_tokens && !tile.warp_rings() ? 4 : few_tokens || !whole_device ? 3 : 2;
   } else {
-    p.early_stages = 0;
+    // To L2 it is a second pass through L2. None where the kernel before is on the other half of the device, for it is
+    // fetching its own weights at that moment.
+    p.early_stages = whole_device ? 2 : 0;
   }
 }
 
