@@ -300,7 +300,9 @@ __device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t shared
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int row = first + u * kRows;
-      token_scale[u] = row < last_row ? __ldg(p.token_scale + tile.token + row) : 0.0f;
+      // From L2: a quantisation may have written it while this kernel was waiting, beside one that had read the old
+      // ones.
+      token_scale[u] = row < last_row ? __ldcg(p.token_scale + tile.token + row) : 0.0f;
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) sum[u] = ring_sums(min(first + u * kRows, C::kTokens - 1));
