@@ -5,61 +5,61 @@
 namespace marlin_qqq::plan {
 
 // Cycles are of the device's nominal clock; a rate is a multiprocessor's unless it says otherwise.
-// Fitted on NVIDIA H100 80GB HBM3: 540 problems, 5,785 candidates, mean loss 0.9%.
+// Fitted on NVIDIA H100 80GB HBM3: 549 problems, 5,894 candidates, mean loss 0.8%.
 struct Sm90Model {
   // int8 products of wgmma, a cycle
-  double macs_per_cycle = 3436;
+  double macs_per_cycle = 3521;
   // bytes from L2 into shared memory, a cycle
-  double feed_bytes_per_cycle = 211.6;
+  double feed_bytes_per_cycle = 166.3;
   // cycles that dequantise an output feature's 128 inputs, per-channel and with group scales
-  double channel_dequant_cycles = 1.852;
-  double group_dequant_cycles = 4.358;
+  double channel_dequant_cycles = 1.831;
+  double group_dequant_cycles = 4.392;
   // order of the norm that joins these three: how well the units overlap, the larger, the better
-  double unit_norm = 1.78;
+  double unit_norm = 1.778;
 
   // cycles that a ring's stage takes at least, however idle the multiprocessor is
-  double channel_stage_latency = 540.2;
-  double group_stage_latency = 826.5;
+  double channel_stage_latency = 539.8;
+  double group_stage_latency = 889;
   // the same for the rings of single warps, which take all of a tile's features
   double warp_channel_stage_latency = 638;
-  double warp_group_stage_latency = 2011;
+  double warp_group_stage_latency = 2056;
   // what dequantisation costs such warps, against others
-  double warp_dequant_fraction = 0.8906;
+  double warp_dequant_fraction = 0.8998;
   // and more cycles a stage for every token and 64 features of the tile
-  double stage_latency_per_token = 0.03413;
+  double stage_latency_per_token = 0.01584;
   // cycles from a stage's request to its arrival: a ring has all its stages on their way at most
-  double memory_latency = 3104;
+  double memory_latency = 2905;
   // order of the norm that joins the stages' latency with the units' work
-  double latency_norm = 211.8;
+  double latency_norm = 330.4;
 
   // cycles of a launch: first bytes to arrive, barriers, the last store
-  double launch_cycles = 2229;
+  double launch_cycles = 1737;
   // cycles of it that are hidden where the next launch's blocks find multiprocessors of their own
-  double neighbour_cycles = 2296;
+  double neighbour_cycles = 2532;
   // more cycles that reduce a cluster of two blocks, and for every further block
-  double cluster_reduction_cycles = 2350;
-  double cluster_reduction_per_block = 130.7;
+  double cluster_reduction_cycles = 2365;
+  double cluster_reduction_per_block = 315.1;
   // bytes of sums that a block sends to the others of its cluster, a cycle
-  double exchange_bytes_per_cycle = 11.37;
+  double exchange_bytes_per_cycle = 11.72;
   // cycles that reduce within a block
-  double block_reduction_cycles = 2984;
+  double block_reduction_cycles = 3387;
   // bytes of partial sums read, a cycle
-  double reduction_bytes_per_cycle = 52.65;
+  double reduction_bytes_per_cycle = 62.94;
   // outputs of the last tile that are stored, a cycle
-  double epilogue_outputs_per_cycle = 465.9;
+  double epilogue_outputs_per_cycle = 683.1;
   // cycles between a block's tiles
-  double wave_cycles = 1303;
+  double wave_cycles = 1747;
   // microseconds of the second, dependent launch that adds the sums in scratch
-  double reduction_kernel_us = 0.8501;
+  double reduction_kernel_us = 0.8087;
   // bytes of such sums written and read in L2 by the whole GPU, a microsecond
-  double scratch_bytes_per_us = 5.565e6;
+  double scratch_bytes_per_us = 5.021e6;
   // part of its time that a block waits for each neighbour it shares activations with
-  double multicast_penalty = 0.05972;
+  double multicast_penalty = 0.06348;
 
   // part of the memory bus's rate that a product reaches
-  double bandwidth_fraction = 0.9766;
+  double bandwidth_fraction = 0.9746;
   // order of the norm that joins the bytes' time with the multiprocessors'
-  double bandwidth_norm = 3.248;
+  double bandwidth_norm = 3.341;
 };
 
 inline constexpr Sm90Model kSm90Model{};

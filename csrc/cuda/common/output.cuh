@@ -25,21 +25,23 @@ __device__ __forceinline__ uint32_t pack_outputs(float low, float high, bool bfl
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-__device__ __forceinline__ float load_bias(const void* bias, int column, bool bfloat16) {
-  if (bfloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(bias)[column]);
-  return __half2float(static_cast<const __half*>(bias)[column]);
+// A bias, stored in the output type. Kernels load its bits early and convert them late: the load then hides behind the
+// products.
+__device__ __forceinline__ float bias_value(uint32_t bits, bool bfloat16) {
+  if (bfloat16) return __uint_as_float(bits << 16);
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
 // Channel scales and biases of four neighbouring features, and what they make of sums. A kernel fetches them before its
 // sums are there. `column` is a multiple of four; `bias` may be null.
 struct ColumnFactors {
   float4 channel_scale;
-  float4 bias;
+  uint2 bias;  // four of 16 bits
   bool has_bias;
   bool bfloat16;
 
   __device__ __forceinline__ ColumnFactors(const float* channel_scales, const void* biases, int column, bool bfloat16)
-      : bias{0, 0, 0, 0}, has_bias(biases != nullptr), bfloat16(bfloat16) {
+      : bias{0, 0}, has_bias(biases != nullptr), bfloat16(bfloat16) {
     // Two pairs of neighbours in the stored order: see format::stored_channel_scale_column.
     const auto first = static_cast<uint32_t>(column);
     const float2 scale01 =
@@ -47,10 +49,7 @@ struct ColumnFactors {
     const float2 scale23 =
         __ldg(reinterpret_cast<const float2*>(channel_scales + format::stored_channel_scale_column(first + 2)));
     channel_scale = {scale01.x, scale01.y, scale23.x, scale23.y};
-    if (has_bias) {
-      bias = {load_bias(biases, column, bfloat16), load_bias(biases, column + 1, bfloat16),
-              load_bias(biases, column + 2, bfloat16), load_bias(biases, column + 3, bfloat16)};
-    }
+    if (has_bias) bias = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(biases) + column));
   }
 
   // The outputs of one token.
@@ -59,10 +58,10 @@ struct ColumnFactors {
     float4 value = {scaled(sum.x, channel_scale.x, token_scale), scaled(sum.y, channel_scale.y, token_scale),
                     scaled(sum.z, channel_scale.z, token_scale), scaled(sum.w, channel_scale.w, token_scale)};
     if (has_bias) {
-      value.x = __fadd_rn(value.x, bias.x);
-      value.y = __fadd_rn(value.y, bias.y);
-      value.z = __fadd_rn(value.z, bias.z);
-      value.w = __fadd_rn(value.w, bias.w);
+      value.x = __fadd_rn(value.x, bias_value(bias.x & 0xffffu, bfloat16));
+      value.y = __fadd_rn(value.y, bias_value(bias.x >> 16, bfloat16));
+      value.z = __fadd_rn(value.z, bias_value(bias.y & 0xffffu, bfloat16));
+      value.w = __fadd_rn(value.w, bias_value(bias.y >> 16, bfloat16));
     }
     const uint2 packed = {pack_outputs(value.x, value.y, bfloat16), pack_outputs(value.z, value.w, bfloat16)};
     *reinterpret_cast<uint2*>(static_cast<uint16_t*>(output) + row * out_features + column) = packed;

@@ -32,11 +32,11 @@ __device__ __forceinline__ void add(int4& sum, const int4& part) {
 }
 
 // Channel scales and biases of the features of a thread's sums, fetched before the products so that nothing waits for
-// them after. No bias is -0: adding it changes no value, zeros of either sign included.
+// them after. No bias is -0 (0x8000 in both output types): adding it changes no value, zeros of either sign included.
 template <class C>
 struct FeatureFactors {
   float channel_scale[C::kBlocks][2];
-  float bias[C::kBlocks][2];
+  uint32_t bias[C::kBlocks][2];  // bits
 
   __device__ __forceinline__ void load(const Parameters& p, int feature, int warp, int lane) {
 #pragma unroll
@@ -48,7 +48,7 @@ struct FeatureFactors {
             min(feature + chunk_feature<C::kBlocks>(warp, lane / 8) + 16 * j + 8 * b + lane / 4, p.out_features - 1);
         channel_scale[j][b] =
             __ldg(p.channel_scale + format::stored_channel_scale_column(static_cast<uint32_t>(column)));
-        bias[j][b] = p.bias != nullptr ? load_bias(p.bias, column, p.output_is_bfloat16) : -0.0f;
+        bias[j][b] = p.bias != nullptr ? __ldg(static_cast<const uint16_t*>(p.bias) + column) : 0x8000u;
       }
     }
   }
@@ -99,8 +99,9 @@ struct OutputChunk {
           float low = scaled(sums[j][index], factors.channel_scale[j][b], scale[i].x);
           float high = scaled(sums[j][index + 1], factors.channel_scale[j][b], scale[i].y);
           if constexpr (kHasBias) {
-            low = __fadd_rn(low, factors.bias[j][b]);
-            high = __fadd_rn(high, factors.bias[j][b]);
+            const float bias = bias_value(factors.bias[j][b], kBFloat16);
+            low = __fadd_rn(low, bias);
+            high = __fadd_rn(high, bias);
           }
           pairs[i][j][b] = pack_outputs(low, high, kBFloat16);
         }

@@ -44,16 +44,19 @@ int activation_rows(const plan::Sm90Tile& tile, int64_t num_tokens, int multicas
 // but it is in the way of that kernel's last loads and of the quantisation, which the product then waits for.
 void plan_early_fetch(Parameters& p, const plan::Sm90Tile& tile, const plan::Plan& plan, bool grouped,
                       bool constant_weights) {
-  const bool few_tokens = tile.depth_split() && tile.tokens <= 32;
   const bool whole_device = 4 * plan.grid >= 3 * plan.resident_blocks;
   p.early_blocks = plan.resident_blocks;
-  p.early_into_ring = constant_weights && (few_tokens || grouped || !whole_device);
-  if (p.early_into_ring) {
-    p.early_stages = few_tokens && !tile.warp_rings() ? 4 : few_tokens || !whole_device ? 3 : 2;
-  } else {
+  p.early_into_ring = constant_weights;
+  if (!constant_weights) {
     // To L2 it is a second pass through L2. None where the kernel before is on the other half of the device, for it is
     // fetching its own weights at that moment.
     p.early_stages = whole_device ? 2 : 0;
+  } else if (p.num_tokens <= 32) {
+    p.early_stages = tile.warp_rings() ? 3 : 4;
+  } else if (p.num_tokens <= 96 && !grouped) {
+    p.early_stages = tile.stages;
+  } else {
+    p.early_stages = whole_device ? 2 : 3;
   }
 }
 
@@ -93,8 +96,8 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   p.bias = arguments.bias;
   p.output_pointer = arguments.output;
   p.output_is_bfloat16 = arguments.output_type == OutputType::kBFloat16;
-  plan_early_fetch(p, tile, plan, grouped, arguments.constant_weights);
   p.num_tokens = static_cast<int>(problem.num_tokens);
+  plan_early_fetch(p, tile, plan, grouped, arguments.constant_weights);
   p.out_features = static_cast<int>(problem.out_features);
   p.stage_count = static_cast<int>(divide_up(problem.in_features, 128));
   p.token_tiles = static_cast<int>(divide_up(problem.num_tokens, tile.tokens));
