@@ -42,8 +42,9 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   const double latency =
       std::max((grouped ? group_latency : channel_latency) + model.stage_latency_per_token * tokens * tile.blocks,
                model.memory_latency / tile.stages);
-  const double mainloop = norm(rounds * stages * overlapped(slice, model.unit_norm),
-                               waves * std::ceil(stages / tile.rings()) * latency, model.latency_norm);
+  const double mainloop =
+      norm(rounds * stages * overlapped(slice, grouped ? model.group_unit_norm : model.channel_unit_norm),
+           waves * std::ceil(stages / tile.rings()) * latency, model.latency_norm);
 
   const double outputs = features * tokens;
   double ending = model.wave_cycles;

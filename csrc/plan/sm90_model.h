@@ -5,61 +5,63 @@
 namespace marlin_qqq::plan {
 
 // Cycles are of the device's nominal clock; a rate is a multiprocessor's unless it says otherwise.
-// Fitted on NVIDIA H100 80GB HBM3: 549 problems, 5,894 candidates, mean loss 0.8%.
+// Fitted on NVIDIA H100 80GB HBM3: 549 problems, 5,894 candidates, mean loss 0.7%.
 struct Sm90Model {
   // int8 products of wgmma, a cycle
-  double macs_per_cycle = 3521;
+  double macs_per_cycle = 3518;
   // bytes from L2 into shared memory, a cycle
-  double feed_bytes_per_cycle = 166.3;
+  double feed_bytes_per_cycle = 388.7;
   // cycles that dequantise an output feature's 128 inputs, per-channel and with group scales
-  double channel_dequant_cycles = 1.831;
-  double group_dequant_cycles = 4.392;
-  // order of the norm that joins these three: how well the units overlap, the larger, the better
-  double unit_norm = 1.778;
+  double channel_dequant_cycles = 2.208;
+  double group_dequant_cycles = 3.851;
+  // order of the norm that joins these three, per-channel and with group scales: how well the units overlap, the
+  // larger, the better
+  double channel_unit_norm = 2.903;
+  double group_unit_norm = 1.378;
 
   // cycles that a ring's stage takes at least, however idle the multiprocessor is
-  double channel_stage_latency = 539.8;
-  double group_stage_latency = 889;
+  double channel_stage_latency = 438.8;
+  double group_stage_latency = 925.4;
   // the same for the rings of single warps, which take all of a tile's features
   double warp_channel_stage_latency = 638;
-  double warp_group_stage_latency = 2056;
+  double warp_group_stage_latency = 1856;
   // what dequantisation costs such warps, against others
-  double warp_dequant_fraction = 0.8998;
+  double warp_dequant_fraction = 0.8769;
   // and more cycles a stage for every token and 64 features of the tile
-  double stage_latency_per_token = 0.01584;
+  double stage_latency_per_token = 0.009593;
   // cycles from a stage's request to its arrival: a ring has all its stages on their way at most
-  double memory_latency = 2905;
+  double memory_latency = 2546;
   // order of the norm that joins the stages' latency with the units' work
-  double latency_norm = 330.4;
+  double latency_norm = 354.3;
 
   // cycles of a launch: first bytes to arrive, barriers, the last store
-  double launch_cycles = 1737;
+  double launch_cycles = 1645;
   // cycles of it that are hidden where the next launch's blocks find multiprocessors of their own
-  double neighbour_cycles = 2532;
+  double neighbour_cycles = 2481;
   // more cycles that reduce a cluster of two blocks, and for every further block
-  double cluster_reduction_cycles = 2365;
-  double cluster_reduction_per_block = 315.1;
+  double cluster_reduction_cycles = 2520;
+  double cluster_reduction_per_block = 406.4;
   // bytes of sums that a block sends to the others of its cluster, a cycle
-  double exchange_bytes_per_cycle = 11.72;
+  double exchange_bytes_per_cycle = 19.96;
   // cycles that reduce within a block
-  double block_reduction_cycles = 3387;
+  double block_reduction_cycles = 1799;
   // bytes of partial sums read, a cycle
-  double reduction_bytes_per_cycle = 62.94;
+  double reduction_bytes_per_cycle = 39.94;
   // outputs of the last tile that are stored, a cycle
-  double epilogue_outputs_per_cycle = 683.1;
+  double epilogue_outputs_per_cycle = 804.6;
   // cycles between a block's tiles
-  double wave_cycles = 1747;
+  double wave_cycles = 3399;
   // microseconds of the second, dependent launch that adds the sums in scratch
-  double reduction_kernel_us = 0.8087;
+  double reduction_kernel_us = 0.8444;
   // bytes of such sums written and read in L2 by the whole GPU, a microsecond
-  double scratch_bytes_per_us = 5.021e6;
+  double scratch_bytes_per_us = 5.561e6;
   // part of its time that a block waits for each neighbour it shares activations with
-  double multicast_penalty = 0.06348;
+  double multicast_penalty = 0.04985;
 
   // part of the memory bus's rate that a product reaches
-  double bandwidth_fraction = 0.9746;
+  double bandwidth_fraction = 0.9511;
   // order of the norm that joins the bytes' time with the multiprocessors'
-  double bandwidth_norm = 3.341;
+  double bandwidth_norm = 3.396;
 };
 
 inline constexpr Sm90Model kSm90Model{};
@@ -75,7 +77,8 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"feed_bytes_per_cycle", &Sm90Model::feed_bytes_per_cycle},
     {"channel_dequant_cycles", &Sm90Model::channel_dequant_cycles},
     {"group_dequant_cycles", &Sm90Model::group_dequant_cycles},
-    {"unit_norm", &Sm90Model::unit_norm},
+    {"channel_unit_norm", &Sm90Model::channel_unit_norm},
+    {"group_unit_norm", &Sm90Model::group_unit_norm},
     {"channel_stage_latency", &Sm90Model::channel_stage_latency},
     {"group_stage_latency", &Sm90Model::group_stage_latency},
     {"warp_channel_stage_latency", &Sm90Model::warp_channel_stage_latency},
