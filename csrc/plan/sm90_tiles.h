@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string_view>
 
 namespace marlin_qqq::plan {
@@ -43,6 +44,12 @@ struct Sm90Tile {
   constexpr int features() const { return warpgroup_features() * (depth_split() ? 1 : warpgroups); }
   constexpr int panel_features() const { return features() < 128 ? features() : 128; }  // of one copy of weights
   constexpr int activation_bytes() const { return tokens * 128; }
+  // Tokens of a stage that each of `multicast` blocks loads for all of them: no more than there are. The 128-byte
+  // swizzle repeats every eight rows, where every part but the first has to start.
+  constexpr int activation_rows(int64_t num_tokens, int multicast) const {
+    const int loaded = num_tokens < tokens ? static_cast<int>(num_tokens) : tokens;
+    return multicast == 1 ? loaded : (loaded + 8 * multicast - 1) / (8 * multicast) * 8;
+  }
   constexpr int weight_bytes() const { return features() * 64; }
   constexpr int scale_bytes() const { return features() * 2; }
   constexpr int ring_bytes() const {

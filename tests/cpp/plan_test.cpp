@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <set>
 #include <stdexcept>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "plan/families.h"
+#include "plan/sm90_tiles.h"
 
 namespace marlin_qqq {
 namespace {
@@ -277,6 +279,44 @@ TEST(Sm90Candidates, WarpTilesHoldAllTokens) {
     }
     EXPECT_EQ(any, num_tokens <= 32) << num_tokens;
   }
+}
+
+TEST(Sm90Tile, TheRowsThatAreLoadedHoldTheTokensAndStayInTheTile) {
+  for (const plan::Sm90Tile& tile : plan::kSm90Tiles) {
+    for (int multicast : {1, 2, 4}) {
+      if (tile.tokens % (8 * multicast) != 0) continue;
+      for (int64_t num_tokens = 1; num_tokens <= 2 * tile.tokens; ++num_tokens) {
+        const int rows = tile.activation_rows(num_tokens, multicast);
+        EXPECT_GE(rows * multicast, std::min<int64_t>(num_tokens, tile.tokens)) << tile.name << ' ' << num_tokens;
+        EXPECT_LE(rows * multicast, tile.tokens) << tile.name << ' ' << num_tokens;
+        if (multicast > 1) EXPECT_EQ(rows % 8, 0) << tile.name << ' ' << num_tokens;
+      }
+      EXPECT_EQ(tile.activation_rows(1, 1), 1);
+      EXPECT_EQ(tile.activation_rows(1 << 20, multicast) * multicast, tile.tokens);
+    }
+  }
+}
+
+TEST(Sm90Candidates, BlocksThatExchangeSumsHaveRoomAndBarriersForThem) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  int exchanges = 0;
+  for (int64_t num_tokens : kTokens) {
+    for (const Plan& candidate : plan::sm90_candidates({num_tokens, 1024, 8192, 128}, device)) {
+      if (candidate.split == 1) continue;
+      const plan::Sm90Tile& tile = plan::kSm90Tiles[candidate.tile];
+      ++exchanges;
+      // Received: from every other block, its sums of this block's share of the tokens, as int32.
+      const int chunk = tile.depth_split() ? 1 : tile.store_tokens();
+      const int chunks = tile.tokens / chunk;
+      const int block_chunks = (chunks + candidate.split - 1) / candidate.split;
+      const int received = (candidate.split - 1) * block_chunks * chunk * tile.features() * 4;
+      const int own = tile.depth_split() ? tile.partial_bytes() : 0;
+      EXPECT_LE(own + received, tile.pipeline_bytes()) << candidate.tile_name << ' ' << candidate.split;
+      if (!tile.depth_split()) EXPECT_LE(block_chunks, tile.exchange_barriers()) << candidate.tile_name;
+      EXPECT_LE(candidate.split * candidate.multicast, plan::kLargestClusterSplit);
+    }
+  }
+  EXPECT_GT(exchanges, 100);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// From exact int32 sums to output: whole tiles go from registers through shared memory to the copy engine; partial sums
-// of split tiles meet in the shared memory of a cluster, so that no scratch, counter or lock exists.
+// From exact int32 sums to output: tiles go from registers through shared memory to the copy engine, those that a
+// cluster shares after an exchange of sums (exchange.cuh); what the rings of a block add up to goes from shared memory.
+// No counter or lock exists.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -30,14 +30,6 @@ cudaError_t allow_shared_memory_of(int tile, bool grouped) {
                              plan::kSm90Tiles[tile].shared_memory_bytes());
 }
 
-// Tokens of a stage that each of the blocks that share activations loads. The 128-byte swizzle repeats every eight
-// rows, where every part but the first has to start.
-int activation_rows(const plan::Sm90Tile& tile, int64_t num_tokens, int multicast) {
-  const auto tokens = static_cast<int>(std::min<int64_t>(num_tokens, tile.tokens));
-  if (multicast == 1) return tokens;
-  return static_cast<int>(divide_up(tokens, 8 * multicast)) * 8;
-}
-
 // How blocks that may start while the kernel before this one still runs fetch their first weights. All measured on an
 // H100, with none, one, two, three and all stages of a ring, to the ring and to L2, with and without a quantisation
 // between the products. What is on its way into the rings while the kernel before ends is time won on the memory bus;
@@ -71,7 +63,7 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   const auto inputs = static_cast<uint64_t>(problem.in_features);
 
   Parameters p = {};
-  p.activation_rows = activation_rows(tile, problem.num_tokens, plan.multicast);
+  p.activation_rows = tile.activation_rows(problem.num_tokens, plan.multicast);
   p.activation_bytes = 128 * p.activation_rows * plan.multicast;
   cudaError_t error = encode_tensor_map(&p.activations, ElementType::kInt8, arguments.activations, tokens, inputs,
                                         p.activation_rows, 128, /*swizzle=*/true);
