@@ -11,6 +11,14 @@
 
 namespace marlin_qqq::cuda {
 
+// Partial sums of four features: exact in any order.
+__device__ __forceinline__ void add_sums(int4& sum, const int4& part) {
+  sum.x += part.x;
+  sum.y += part.y;
+  sum.z += part.z;
+  sum.w += part.w;
+}
+
 __device__ __forceinline__ float scaled(int32_t sum, float channel_scale, float token_scale) {
   return __fmul_rn(__fmul_rn(__int2float_rn(sum), channel_scale), token_scale);
 }

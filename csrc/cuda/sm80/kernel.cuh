@@ -50,10 +50,7 @@ __device__ __forceinline__ void gather_sums(uint32_t shared, int warp_feature, i
 #pragma unroll
       for (int d = 0; d < C::kDepthWarps; ++d) {
         const int4 part = shared_load_int4(source + 4 * ((d * kRows + n * C::kRowStep) * C::kPartialPitch));
-        total.x += part.x;
-        total.y += part.y;
-        total.z += part.z;
-        total.w += part.w;
+        add_sums(total, part);
       }
       sink(token[n], prepared[n], total);
     }

@@ -46,10 +46,7 @@ __global__ void __launch_bounds__(kReductionThreads)
       }
 #pragma unroll
       for (int i = 0; i < kReductionBatch; ++i) {
-        total.x += parts[i].x;
-        total.y += parts[i].y;
-        total.z += parts[i].z;
-        total.w += parts[i].w;
+        add_sums(total, parts[i]);
       }
     }
     factors.store(total, p.token_scale[token + row], p.output, token + row, feature, p.out_features);

@@ -25,13 +25,6 @@ __device__ __forceinline__ uint32_t transposed(uint32_t block) {
   return result;
 }
 
-__device__ __forceinline__ void add(int4& sum, const int4& part) {
-  sum.x += part.x;
-  sum.y += part.y;
-  sum.z += part.z;
-  sum.w += part.w;
-}
-
 // Channel scales and biases of the features of a thread's sums, fetched before the products so that nothing waits for
 // them after. No bias is -0 (0x8000 in both output types): adding it changes no value, zeros of either sign included.
 template <class C>
@@ -273,7 +266,7 @@ __device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t shared
     int4 sum = {0, 0, 0, 0};
 #pragma unroll
     for (int ring = 0; ring < C::kRings; ++ring) {
-      add(sum, shared_load_int4(partial + 4 * (ring * C::kTokens + row) * C::kPartialPitch));
+      add_sums(sum, shared_load_int4(partial + 4 * (ring * C::kTokens + row) * C::kPartialPitch));
     }
     return sum;
   };
@@ -312,7 +305,7 @@ __device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t shared
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const int slot = sender * block_rows + first + u * kRows - first_row;
-        if (first + u * kRows < last_row) add(sum[u], shared_load_int4(received + slot * C::kFeatures * 4));
+        if (first + u * kRows < last_row) add_sums(sum[u], shared_load_int4(received + slot * C::kFeatures * 4));
       }
     }
 #pragma unroll

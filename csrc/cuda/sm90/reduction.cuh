@@ -33,10 +33,7 @@ inline __global__ void __launch_bounds__(kReductionThreads) reduce_kernel(const 
 #pragma unroll 4
   for (int s = 1; s < r.split; ++s) {
     const int4 part = __ldcg(sums + s * slot);
-    total.x += part.x;
-    total.y += part.y;
-    total.z += part.z;
-    total.w += part.w;
+    add_sums(total, part);
   }
   const int row = static_cast<int>(4 * index / r.out_features);
   const int column = static_cast<int>(4 * index - static_cast<int64_t>(row) * r.out_features);
