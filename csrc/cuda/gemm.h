@@ -11,11 +11,19 @@ namespace marlin_qqq::cuda {
 
 enum class OutputType { kFloat16, kBFloat16 };
 
+// Activations before their quantisation: [num_tokens, in_features] fp16 or bf16, contiguous rows `stride` elements
+// apart, 16-byte aligned.
+struct Rows {
+  const void* x;
+  int64_t stride;
+  bool bfloat16;
+};
+
 // Device pointers of one product, 16-byte aligned, contiguous. Layouts: docs/format.md.
 struct GemmArguments {
-  const int8_t* activations;     // [num_tokens, in_features]
+  const int8_t* activations;     // [num_tokens, in_features]; nullptr: the kernel quantises `rows` (plan.quantizes)
   const int32_t* packed_weight;  // [in_features / 16, 2 * out_features]
-  const float* token_scale;      // [num_tokens]                      (4-byte alignment is enough)
+  const float* token_scale;      // [num_tokens], 4-byte aligned; nullptr with `rows`
   const float* channel_scale;    // [out_features], permuted
   const void* group_scale;       // fp16 [in_features / 128, out_features], permuted; nullptr: per-channel
   const void* bias;              // OutputType [out_features], natural order; nullptr: none
@@ -24,6 +32,7 @@ struct GemmArguments {
   // The caller promises that no kernel still running on the device writes packed_weight, group_scale,
   // channel_scale or bias: the kernel may then fetch them while the kernel before it drains.
   bool constant_weights;
+  Rows rows = {};
 };
 
 // Properties of the current device as the planner wants them; cached a device.

@@ -81,7 +81,7 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const std
 
 std::string candidate_name(const Plan& plan) {
   return plan.tile_name + "/" + std::to_string(plan.split) + "x" + std::to_string(plan.scratch_split) + "/" +
-         std::to_string(plan.multicast);
+         std::to_string(plan.multicast) + (plan.quantizes ? "/quantizing" : "");
 }
 
 std::string list_candidates(const Problem& problem, const DeviceProperties& device, Family family_override) {
@@ -125,11 +125,11 @@ std::string to_string(const Plan& plan) {
   char text[256];
   std::snprintf(
       text, sizeof(text),
-      "%s %s: tile %d tokens x %d features, %d stages, split %d x %d, multicast %d, grid %d x %d threads, %d bytes of "
-      "shared memory, %lld bytes of scratch, estimated %.1f us",
-      family_name(plan.family), plan.tile_name.c_str(), plan.tile_tokens, plan.tile_features, plan.stages, plan.split,
-      plan.scratch_split, plan.multicast, plan.grid, plan.threads, plan.shared_memory_bytes,
-      static_cast<long long>(plan.scratch_bytes), plan.estimated_us);
+      "%s %s%s: tile %d tokens x %d features, %d stages, split %d x %d, multicast %d, grid %d x %d threads, %d bytes "
+      "of shared memory, %lld bytes of scratch, estimated %.1f us",
+      family_name(plan.family), plan.tile_name.c_str(), plan.quantizes ? ", quantizing" : "", plan.tile_tokens,
+      plan.tile_features, plan.stages, plan.split, plan.scratch_split, plan.multicast, plan.grid, plan.threads,
+      plan.shared_memory_bytes, static_cast<long long>(plan.scratch_bytes), plan.estimated_us);
   return text;
 }
 

@@ -15,6 +15,9 @@ struct Problem {
   int64_t out_features;  // multiple of 64
   int64_t in_features;   // multiple of 128
   int group_size;        // 128, or -1: one scale an output channel only
+  // Whether the activations arrive as rows of fp16 or bf16, 16-byte aligned, and the launch includes their
+  // quantisation: in a kernel of its own, or in the product's where that is faster (Plan::quantizes).
+  bool quantizes = false;
 };
 
 // What the planner needs to know of a GPU (cudaDeviceProp's fields, in our words).
@@ -43,6 +46,7 @@ struct Plan {
   int split = 1;            // blocks that share one output tile, each with a slice of in_features (sm90: one cluster)
   int scratch_split = 1;    // clusters that share one output tile: their sums meet in scratch (sm90); blocks that share
                             // it at most, where their shares are uneven (sm80)
+  bool quantizes = false;   // the product's kernel quantises the activations itself (sm90, Problem::quantizes)
   int multicast = 1;        // blocks of a cluster that share one activation tile (sm90)
   int grid = 0;             // blocks
   int resident_blocks = 0;  // blocks that fit on the device at once (sm90)
@@ -72,7 +76,8 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const std
 std::vector<Plan> candidates(const Problem& problem, const DeviceProperties& device,
                              Family family_override = Family::kNone);
 
-// A candidate among those of its problem: "TILE/SPLITxSCRATCH_SPLIT/MULTICAST", for example "deep256/1x3/2".
+// A candidate among those of its problem: "TILE/SPLITxSCRATCH_SPLIT/MULTICAST", for example "deep256/1x3/2"; with
+// "/quantizing" after it where the kernel quantises the activations.
 std::string candidate_name(const Plan& plan);
 
 // The device, and a line for every candidate with its name, best first. Read by marlin_qqq.bench.tune.

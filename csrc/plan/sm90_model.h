@@ -5,63 +5,69 @@
 namespace marlin_qqq::plan {
 
 // Cycles are of the device's nominal clock; a rate is a multiprocessor's unless it says otherwise.
-// Fitted on NVIDIA H100 80GB HBM3: 549 problems, 5,894 candidates, mean loss 0.7%.
+// Fitted on NVIDIA H100 80GB HBM3: 1,494 problems, 16,810 candidates, mean loss 1.2%.
 struct Sm90Model {
   // int8 products of wgmma, a cycle
-  double macs_per_cycle = 3518;
+  double macs_per_cycle = 3895;
   // bytes from L2 into shared memory, a cycle
-  double feed_bytes_per_cycle = 388.7;
+  double feed_bytes_per_cycle = 122.3;
   // cycles that dequantise an output feature's 128 inputs, per-channel and with group scales
-  double channel_dequant_cycles = 2.208;
-  double group_dequant_cycles = 3.851;
+  double channel_dequant_cycles = 2.484;
+  double group_dequant_cycles = 3.648;
   // order of the norm that joins these three, per-channel and with group scales: how well the units overlap, the
   // larger, the better
-  double channel_unit_norm = 2.903;
-  double group_unit_norm = 1.378;
+  double channel_unit_norm = 11.05;
+  double group_unit_norm = 1.599;
 
   // cycles that a ring's stage takes at least, however idle the multiprocessor is
-  double channel_stage_latency = 438.8;
-  double group_stage_latency = 925.4;
+  double channel_stage_latency = 281.7;
+  double group_stage_latency = 497.6;
+  // more of them where a warpgroup has two products of 64 features
+  double channel_product_latency = 88.04;
+  double group_product_latency = 635.7;
   // the same for the rings of single warps, which take all of a tile's features
-  double warp_channel_stage_latency = 638;
-  double warp_group_stage_latency = 1856;
+  double warp_channel_stage_latency = 558.2;
+  double warp_group_stage_latency = 1251;
   // what dequantisation costs such warps, against others
-  double warp_dequant_fraction = 0.8769;
+  double warp_dequant_fraction = 0.8202;
   // and more cycles a stage for every token and 64 features of the tile
-  double stage_latency_per_token = 0.009593;
+  double stage_latency_per_token = 0.01084;
   // cycles from a stage's request to its arrival: a ring has all its stages on their way at most
-  double memory_latency = 2546;
+  double memory_latency = 2259;
   // order of the norm that joins the stages' latency with the units' work
-  double latency_norm = 354.3;
+  double latency_norm = 3.774;
 
   // cycles of a launch: first bytes to arrive, barriers, the last store
-  double launch_cycles = 1645;
+  double launch_cycles = 57.88;
   // cycles of it that are hidden where the next launch's blocks find multiprocessors of their own
-  double neighbour_cycles = 2481;
+  double neighbour_cycles = 2103;
   // more cycles that reduce a cluster of two blocks, and for every further block
-  double cluster_reduction_cycles = 2520;
-  double cluster_reduction_per_block = 406.4;
+  double cluster_reduction_cycles = 1580;
+  double cluster_reduction_per_block = 557.9;
   // bytes of sums that a block sends to the others of its cluster, a cycle
-  double exchange_bytes_per_cycle = 19.96;
-  // cycles that reduce within a block
-  double block_reduction_cycles = 1799;
+  double exchange_bytes_per_cycle = 23.72;
+  // the same of blocks whose rings have sums of their own
+  double depth_cluster_cycles = 1604;
+  double depth_cluster_per_block = 97.27;
+  double depth_exchange_bytes_per_cycle = 16.97;
   // bytes of partial sums read, a cycle
-  double reduction_bytes_per_cycle = 39.94;
+  double reduction_bytes_per_cycle = 40.82;
   // outputs of the last tile that are stored, a cycle
-  double epilogue_outputs_per_cycle = 804.6;
-  // cycles between a block's tiles
-  double wave_cycles = 3399;
+  double epilogue_outputs_per_cycle = 578;
+  // cycles between a block's tiles, or around its only one; the same where its rings' sums are added
+  double wave_cycles = 6140;
+  double depth_wave_cycles = 5417;
   // microseconds of the second, dependent launch that adds the sums in scratch
-  double reduction_kernel_us = 0.8444;
+  double reduction_kernel_us = 1.731;
   // bytes of such sums written and read in L2 by the whole GPU, a microsecond
-  double scratch_bytes_per_us = 5.561e6;
+  double scratch_bytes_per_us = 4.566e6;
   // part of its time that a block waits for each neighbour it shares activations with
-  double multicast_penalty = 0.04985;
+  double multicast_penalty = 0.04294;
 
   // part of the memory bus's rate that a product reaches
-  double bandwidth_fraction = 0.9511;
+  double bandwidth_fraction = 1.055;
   // order of the norm that joins the bytes' time with the multiprocessors'
-  double bandwidth_norm = 3.396;
+  double bandwidth_norm = 2.249;
 };
 
 inline constexpr Sm90Model kSm90Model{};
@@ -81,6 +87,8 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"group_unit_norm", &Sm90Model::group_unit_norm},
     {"channel_stage_latency", &Sm90Model::channel_stage_latency},
     {"group_stage_latency", &Sm90Model::group_stage_latency},
+    {"channel_product_latency", &Sm90Model::channel_product_latency},
+    {"group_product_latency", &Sm90Model::group_product_latency},
     {"warp_channel_stage_latency", &Sm90Model::warp_channel_stage_latency},
     {"warp_group_stage_latency", &Sm90Model::warp_group_stage_latency},
     {"warp_dequant_fraction", &Sm90Model::warp_dequant_fraction},
@@ -92,10 +100,13 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"cluster_reduction_cycles", &Sm90Model::cluster_reduction_cycles},
     {"cluster_reduction_per_block", &Sm90Model::cluster_reduction_per_block},
     {"exchange_bytes_per_cycle", &Sm90Model::exchange_bytes_per_cycle},
-    {"block_reduction_cycles", &Sm90Model::block_reduction_cycles},
+    {"depth_cluster_cycles", &Sm90Model::depth_cluster_cycles},
+    {"depth_cluster_per_block", &Sm90Model::depth_cluster_per_block},
+    {"depth_exchange_bytes_per_cycle", &Sm90Model::depth_exchange_bytes_per_cycle},
     {"reduction_bytes_per_cycle", &Sm90Model::reduction_bytes_per_cycle},
     {"epilogue_outputs_per_cycle", &Sm90Model::epilogue_outputs_per_cycle},
     {"wave_cycles", &Sm90Model::wave_cycles},
+    {"depth_wave_cycles", &Sm90Model::depth_wave_cycles},
     {"reduction_kernel_us", &Sm90Model::reduction_kernel_us},
     {"scratch_bytes_per_us", &Sm90Model::scratch_bytes_per_us},
     {"multicast_penalty", &Sm90Model::multicast_penalty},

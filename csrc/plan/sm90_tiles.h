@@ -85,7 +85,28 @@ struct Sm90Tile {
     return 8 * (2 * stages * rings() + exchange_barriers()) + token_scale_bytes() + 1024 + 64;
   }
   constexpr int shared_memory_bytes() const { return staging_bytes() + pipeline_bytes() + fixed_bytes(); }
+  // Whether there is a kernel that quantises its activations, and the shared memory that it needs besides: the int8
+  // rows of a block's stages, the tokens' scales and a largest magnitude a warp, and the alignment of the rows.
+  constexpr bool can_quantize() const { return warp_rings() && tokens == 8; }
+  static constexpr int quantized_vectors() { return 8; }  // of 8 elements, that a thread keeps in registers
+  // Warps that share a token: all, halved until every token has one.
+  constexpr int token_warps(int64_t num_tokens) const {
+    int warps = 4 * warpgroups;
+    while (warps * num_tokens > 4 * warpgroups) warps /= 2;
+    return warps;
+  }
+  constexpr bool can_quantize(int64_t num_tokens, int64_t in_features) const {
+    return can_quantize() && num_tokens <= tokens &&
+           in_features <= 8 * quantized_vectors() * 32 * token_warps(num_tokens);
+  }
+  constexpr int quantization_bytes(int64_t num_tokens, int64_t block_stages) const {
+    return static_cast<int>(128 * num_tokens * block_stages) + 4 * tokens + 4 * 4 * warpgroups + 128;
+  }
 };
+
+// Shared memory of a multiprocessor; the system takes 1 KB a block of it.
+inline constexpr int kSm90SharedMemory = 228 * 1024;
+inline constexpr int kSm90LargestBlockMemory = kSm90SharedMemory - 1024;
 
 // clang-format off
 inline constexpr Sm90Tile kSm90Tiles[] = {
@@ -153,8 +174,7 @@ constexpr bool sm90_tiles_are_sound() {
     if (tile.blocks * tile.tokens > 256) return false;                                       // sums: 128 registers
     if (tile.tokens % (tile.tokens <= 32 ? 8 : 16) != 0 || tile.tokens > 256) return false;  // n of integer wgmma
     if (!tile.depth_split() && (tile.warpgroups != 2 || tile.blocks_per_sm != 1)) return false;
-    // 228 KB a multiprocessor, of which the system takes 1 KB a block
-    if (tile.blocks_per_sm * (tile.shared_memory_bytes() + 1024) > 233472) return false;
+    if (tile.blocks_per_sm * (tile.shared_memory_bytes() + 1024) > kSm90SharedMemory) return false;
   }
   return true;
 }

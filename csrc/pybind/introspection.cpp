@@ -77,15 +77,18 @@ plan::Family family_of(const std::string& name) {
 }
 
 plan::Plan make_plan(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
-                     const std::string& device, const std::string& tile, int split, const std::string& family) {
-  return plan::make_plan(checked_problem(num_tokens, out_features, in_features, group_size),
-                         plan::reference_device(device), tile, split, family_of(family));
+                     const std::string& device, const std::string& tile, int split, const std::string& family,
+                     bool quantizes) {
+  plan::Problem problem = checked_problem(num_tokens, out_features, in_features, group_size);
+  problem.quantizes = quantizes;
+  return plan::make_plan(problem, plan::reference_device(device), tile, split, family_of(family));
 }
 
 std::vector<plan::Plan> candidates(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
-                                   const std::string& device, const std::string& family) {
-  return plan::candidates(checked_problem(num_tokens, out_features, in_features, group_size),
-                          plan::reference_device(device), family_of(family));
+                                   const std::string& device, const std::string& family, bool quantizes) {
+  plan::Problem problem = checked_problem(num_tokens, out_features, in_features, group_size);
+  problem.quantizes = quantizes;
+  return plan::candidates(problem, plan::reference_device(device), family_of(family));
 }
 
 std::map<std::string, double> sm90_model() {
@@ -174,6 +177,7 @@ PYBIND11_MODULE(_introspection, module) {
       .def_readonly("stages", &plan::Plan::stages)
       .def_readonly("split", &plan::Plan::split, "blocks that share one output tile (sm90: of one cluster)")
       .def_readonly("scratch_split", &plan::Plan::scratch_split, "clusters that share one output tile (sm90)")
+      .def_readonly("quantizes", &plan::Plan::quantizes, "whether the kernel quantises the activations itself (sm90)")
       .def_readonly("multicast", &plan::Plan::multicast, "blocks of a cluster that share one activation tile")
       .def_readonly("grid", &plan::Plan::grid, "blocks")
       .def_readonly("threads", &plan::Plan::threads, "threads a block")
@@ -219,9 +223,10 @@ PYBIND11_MODULE(_introspection, module) {
 
   module.def("plan", &make_plan, py::arg("num_tokens"), py::arg("out_features"), py::arg("in_features"),
              py::arg("group_size") = 128, py::arg("device") = "sm_90", py::arg("tile") = "", py::arg("split") = 0,
-             py::arg("family") = "");
+             py::arg("family") = "", py::arg("quantizes") = false);
   module.def("candidates", &candidates, py::arg("num_tokens"), py::arg("out_features"), py::arg("in_features"),
-             py::arg("group_size") = 128, py::arg("device") = "sm_90", py::arg("family") = "");
+             py::arg("group_size") = 128, py::arg("device") = "sm_90", py::arg("family") = "",
+             py::arg("quantizes") = false);
   module.def("tile_table", &plan::tile_table);
   module.def("reference_device", &plan::reference_device, py::arg("architecture"));
   module.def("sm90_model", &sm90_model, "the Hopper cost model's constants (csrc/plan/sm90_model.h)");

@@ -27,6 +27,7 @@ struct GemmCall {
   int32_t device_type;
   int32_t device_index;
 
+  int32_t output_dtype() const;  // torch's code
   Tensor empty_output() const;
 };
 
@@ -36,18 +37,35 @@ GemmCall check_gemm(const Tensor& a, const Tensor& b_q_weight, const Tensor& s_t
                     const std::optional<Tensor>& bias, const std::optional<torch::headeronly::ScalarType>& out_dtype,
                     int alignment);
 
-// quantize_per_token's input, as rows.
-struct QuantizeCall {
+// Activations before their quantisation, as rows.
+struct TokenRows {
   Tensor x;  // keeps the rows alive: the argument itself, or a contiguous copy of it
   int64_t num_tokens;
   int64_t in_features;
   int64_t row_stride;  // elements
-  int32_t dtype;
+  int32_t dtype;       // float16, bfloat16 or float32
+};
+
+// A call of quantize_per_token that has passed the checks, with its outputs.
+struct QuantizeCall {
+  TokenRows rows;
   Tensor quantized;    // int8, x's shape
   Tensor token_scale;  // fp32, x's shape with 1 as its last size
 };
 
-// Rows that are contiguous and evenly spaced are read where they are; any other layout is copied.
 QuantizeCall check_quantize_per_token(const Tensor& x);
+
+// A call of marlin_qqq_linear that has passed the checks.
+struct LinearCall {
+  TokenRows rows;
+  GemmCall gemm;  // without activations and token_scale
+
+  Tensor empty_output() const;  // x's shape with out_features as its last size
+};
+
+// `alignment`: bytes that the pointers of weights, scales and bias must be a multiple of.
+LinearCall check_linear(const Tensor& x, const Tensor& b_q_weight, const Tensor& s_ch, const Tensor& s_group,
+                        const std::optional<Tensor>& bias,
+                        const std::optional<torch::headeronly::ScalarType>& out_dtype, int alignment);
 
 }  // namespace marlin_qqq::torch_ops

@@ -28,6 +28,25 @@ void lend_torch_threads(int threads, void (*body)(void*), void* context) {
   return true;
 }();
 
+void multiply(const GemmCall& call, const Tensor& output) {
+  if (call.num_tokens == 0) return;
+  cpu::gemm(call.activations, call.packed_weight, call.token_scale, call.channel_scale, call.group_scale, call.bias,
+            output.mutable_data_ptr(),
+            call.output_is_bfloat16 ? format::OutputType::kBFloat16 : format::OutputType::kFloat16, call.num_tokens,
+            call.out_features, call.in_features, num_threads());
+}
+
+void quantize(const TokenRows& rows, const Tensor& quantized, const Tensor& token_scale) {
+  if (rows.num_tokens == 0) return;
+  const DtypeCodes& dtypes = dtype_codes();
+  const format::InputType input_type = rows.dtype == dtypes.float16    ? format::InputType::kFloat16
+                                       : rows.dtype == dtypes.bfloat16 ? format::InputType::kBFloat16
+                                                                       : format::InputType::kFloat32;
+  cpu::quantize_per_token(rows.x.const_data_ptr(), input_type, rows.num_tokens, rows.in_features, rows.row_stride,
+                          static_cast<int8_t*>(quantized.mutable_data_ptr()),
+                          static_cast<float*>(token_scale.mutable_data_ptr()), num_threads());
+}
+
 Tensor marlin_qqq_gemm_cpu(const Tensor& a, const Tensor& b_q_weight, const Tensor& s_tok, const Tensor& s_ch,
                            const Tensor& s_group, const Tensor& workspace, int64_t size_m, int64_t size_n,
                            int64_t size_k, const std::optional<Tensor>& bias,
@@ -35,26 +54,27 @@ Tensor marlin_qqq_gemm_cpu(const Tensor& a, const Tensor& b_q_weight, const Tens
   const GemmCall call =
       check_gemm(a, b_q_weight, s_tok, s_ch, s_group, workspace, size_m, size_n, size_k, bias, out_dtype, 1);
   const Tensor output = call.empty_output();
-  if (call.num_tokens == 0) return output;
-  cpu::gemm(call.activations, call.packed_weight, call.token_scale, call.channel_scale, call.group_scale, call.bias,
-            output.mutable_data_ptr(),
-            call.output_is_bfloat16 ? format::OutputType::kBFloat16 : format::OutputType::kFloat16, call.num_tokens,
-            call.out_features, call.in_features, num_threads());
+  multiply(call, output);
   return output;
 }
 
 std::tuple<Tensor, Tensor> quantize_per_token_cpu(const Tensor& x) {
   const QuantizeCall call = check_quantize_per_token(x);
-  const DtypeCodes& dtypes = dtype_codes();
-  const format::InputType input_type = call.dtype == dtypes.float16    ? format::InputType::kFloat16
-                                       : call.dtype == dtypes.bfloat16 ? format::InputType::kBFloat16
-                                                                       : format::InputType::kFloat32;
-  if (call.num_tokens > 0) {
-    cpu::quantize_per_token(call.x.const_data_ptr(), input_type, call.num_tokens, call.in_features, call.row_stride,
-                            static_cast<int8_t*>(call.quantized.mutable_data_ptr()),
-                            static_cast<float*>(call.token_scale.mutable_data_ptr()), num_threads());
-  }
+  quantize(call.rows, call.quantized, call.token_scale);
   return {call.quantized, call.token_scale};
+}
+
+Tensor marlin_qqq_linear_cpu(const Tensor& x, const Tensor& b_q_weight, const Tensor& s_ch, const Tensor& s_group,
+                             const std::optional<Tensor>& bias, const std::optional<ScalarType>& out_dtype,
+                             bool /*constant_weights*/) {
+  LinearCall call = check_linear(x, b_q_weight, s_ch, s_group, bias, out_dtype, 1);
+  const Tensor output = call.empty_output();
+  const QuantizeCall activations = check_quantize_per_token(call.rows.x);
+  quantize(activations.rows, activations.quantized, activations.token_scale);
+  call.gemm.activations = static_cast<const int8_t*>(activations.quantized.const_data_ptr());
+  call.gemm.token_scale = static_cast<const float*>(activations.token_scale.const_data_ptr());
+  multiply(call.gemm, output);
+  return output;
 }
 
 // Packing
@@ -176,6 +196,7 @@ STABLE_TORCH_LIBRARY_IMPL(marlin_qqq, CPU, library) {
   namespace ops = marlin_qqq::torch_ops;
   library.impl("marlin_qqq_gemm", TORCH_BOX(&ops::marlin_qqq_gemm_cpu));
   library.impl("quantize_per_token", TORCH_BOX(&ops::quantize_per_token_cpu));
+  library.impl("marlin_qqq_linear", TORCH_BOX(&ops::marlin_qqq_linear_cpu));
   library.impl("pack_weight", TORCH_BOX(&ops::pack_weight_cpu));
   library.impl("unpack_weight", TORCH_BOX(&ops::unpack_weight_cpu));
   library.impl("permute_group_scale", TORCH_BOX(&ops::permute_group_scale_cpu));

@@ -1,4 +1,4 @@
-// The CUDA side of the two run-time ops: checks, device, stream, allocation, plan, launch. Built into the second
+// The CUDA side of the run-time ops: checks, device, stream, allocation, plan, launch. Built into the second
 // library, which is loaded only where torch has CUDA. Nothing here waits for the GPU, so CUDA graphs may capture it.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -103,11 +103,12 @@ class PlanCache {
         mix(static_cast<uint64_t>(problem.num_tokens) * 0x9E3779B97F4A7C15u +
             static_cast<uint64_t>(problem.out_features) * 0xC2B2AE3D27D4EB4Fu +
             static_cast<uint64_t>(problem.in_features) * 0x165667B19E3779F9u +
-            static_cast<uint64_t>(problem.group_size + 2) * 0x27D4EB2F165667C5u + static_cast<uint64_t>(device_index));
+            static_cast<uint64_t>(2 * (problem.group_size + 2) + problem.quantizes) * 0x27D4EB2F165667C5u +
+            static_cast<uint64_t>(device_index));
     Entry& entry = entries_[hash % entries_.size()];
     if (entry.device_index != device_index || entry.problem.num_tokens != problem.num_tokens ||
         entry.problem.out_features != problem.out_features || entry.problem.in_features != problem.in_features ||
-        entry.problem.group_size != problem.group_size) {
+        entry.problem.group_size != problem.group_size || entry.problem.quantizes != problem.quantizes) {
       entry.device_index = -1;  // should planning throw
       entry.plan = plan::make_plan(problem, device_properties());
       entry.problem = problem;
@@ -134,6 +135,53 @@ class PlanCache {
   std::array<Entry, 512> entries_;
 };
 
+// Plans and launches a product that has passed the checks.
+class Product {
+ public:
+  Product(const char* op, const GemmCall& call, bool quantizes)
+      : op_(op),
+        call_(call),
+        problem_{call.num_tokens, call.out_features, call.in_features, call.group_size, quantizes} {
+    static thread_local PlanCache cache;
+    const PlanOverrides overrides;
+    if (overrides.any()) {
+      overridden_ = overrides.make(problem_, PlanCache::device_properties());
+      plan_ = &overridden_;
+    } else {
+      plan_ = &cache.get(problem_, call.device_index);
+    }
+  }
+
+  Product(const Product&) = delete;
+
+  // Whether the kernel takes rows in place of int8 activations and their scales.
+  bool takes_rows() const { return plan_->quantizes; }
+
+  void launch(const cuda::Rows& rows, const Tensor& output, bool constant_weights, cudaStream_t stream) const {
+    // Freed on return, reused by torch only for work that is later on the same stream.
+    std::optional<Tensor> scratch;
+    if (plan_->scratch_bytes > 0) {
+      scratch = empty({plan_->scratch_bytes}, dtype_codes().int8, call_.device_type, call_.device_index);
+    }
+    const cuda::GemmArguments arguments{
+        call_.activations,         call_.packed_weight,
+        call_.token_scale,         call_.channel_scale,
+        call_.group_scale,         call_.bias,
+        output.mutable_data_ptr(), call_.output_is_bfloat16 ? cuda::OutputType::kBFloat16 : cuda::OutputType::kFloat16,
+        constant_weights,          rows,
+    };
+    check_cuda(op_,
+               cuda::launch_gemm(*plan_, problem_, arguments, scratch ? scratch->mutable_data_ptr() : nullptr, stream));
+  }
+
+ private:
+  const char* op_;
+  const GemmCall& call_;
+  plan::Problem problem_;
+  plan::Plan overridden_;
+  const plan::Plan* plan_;
+};
+
 Tensor marlin_qqq_gemm_cuda(const Tensor& a, const Tensor& b_q_weight, const Tensor& s_tok, const Tensor& s_ch,
                             const Tensor& s_group, const Tensor& workspace, int64_t size_m, int64_t size_n,
                             int64_t size_k, const std::optional<Tensor>& bias,
@@ -143,51 +191,56 @@ Tensor marlin_qqq_gemm_cuda(const Tensor& a, const Tensor& b_q_weight, const Ten
   const DeviceGuard guard(call.device_index);
   const Tensor output = call.empty_output();
   if (call.num_tokens == 0) return output;
-
-  const plan::Problem problem{call.num_tokens, call.out_features, call.in_features, call.group_size};
-  const PlanOverrides overrides;
-  static thread_local PlanCache cache;
-  plan::Plan overridden;
-  const plan::Plan* plan = &overridden;
-  if (overrides.any()) {
-    overridden = overrides.make(problem, PlanCache::device_properties());
-  } else {
-    plan = &cache.get(problem, call.device_index);
-  }
-
-  // Freed on return, reused by torch only for work that is later on the same stream.
-  std::optional<Tensor> scratch;
-  if (plan->scratch_bytes > 0) {
-    scratch = empty({plan->scratch_bytes}, dtype_codes().int8, call.device_type, call.device_index);
-  }
-  const cuda::GemmArguments arguments{
-      call.activations,          call.packed_weight,
-      call.token_scale,          call.channel_scale,
-      call.group_scale,          call.bias,
-      output.mutable_data_ptr(), call.output_is_bfloat16 ? cuda::OutputType::kBFloat16 : cuda::OutputType::kFloat16,
-      constant_weights,
-  };
-  check_cuda("marlin_qqq_gemm",
-             cuda::launch_gemm(*plan, problem, arguments, scratch ? scratch->mutable_data_ptr() : nullptr,
-                               current_stream(call.device_index)));
+  Product("marlin_qqq_gemm", call, /*quantizes=*/false)
+      .launch({}, output, constant_weights, current_stream(call.device_index));
   return output;
+}
+
+void quantize(const char* op, const QuantizeCall& call, cudaStream_t stream) {
+  const TokenRows& rows = call.rows;
+  if (rows.num_tokens == 0) return;
+  const DtypeCodes& dtypes = dtype_codes();
+  const cuda::InputType input_type = rows.dtype == dtypes.float16    ? cuda::InputType::kFloat16
+                                     : rows.dtype == dtypes.bfloat16 ? cuda::InputType::kBFloat16
+                                                                     : cuda::InputType::kFloat32;
+  check_cuda(op,
+             cuda::launch_quantize_per_token(rows.x.const_data_ptr(), input_type, rows.num_tokens, rows.in_features,
+                                             rows.row_stride, static_cast<int8_t*>(call.quantized.mutable_data_ptr()),
+                                             static_cast<float*>(call.token_scale.mutable_data_ptr()), stream));
 }
 
 std::tuple<Tensor, Tensor> quantize_per_token_cuda(const Tensor& x) {
   const DeviceGuard guard(x.get_device_index());
   const QuantizeCall call = check_quantize_per_token(x);
-  if (call.num_tokens > 0) {
-    const DtypeCodes& dtypes = dtype_codes();
-    const cuda::InputType input_type = call.dtype == dtypes.float16    ? cuda::InputType::kFloat16
-                                       : call.dtype == dtypes.bfloat16 ? cuda::InputType::kBFloat16
-                                                                       : cuda::InputType::kFloat32;
-    check_cuda("quantize_per_token",
-               cuda::launch_quantize_per_token(call.x.const_data_ptr(), input_type, call.num_tokens, call.in_features,
-                                               call.row_stride, static_cast<int8_t*>(call.quantized.mutable_data_ptr()),
-                                               static_cast<float*>(call.token_scale.mutable_data_ptr()),
-                                               current_stream(x.get_device_index())));
-  }
+  quantize("quantize_per_token", call, current_stream(x.get_device_index()));
   return {call.quantized, call.token_scale};
+}
+
+Tensor marlin_qqq_linear_cuda(const Tensor& x, const Tensor& b_q_weight, const Tensor& s_ch, const Tensor& s_group,
+                              const std::optional<Tensor>& bias, const std::optional<ScalarType>& out_dtype,
+                              bool constant_weights) {
+  constexpr const char* op = "marlin_qqq_linear";
+  const DeviceGuard guard(x.get_device_index());
+  LinearCall call = check_linear(x, b_q_weight, s_ch, s_group, bias, out_dtype, kAlignment);
+  GemmCall& gemm = call.gemm;
+  const Tensor output = call.empty_output();
+  if (gemm.num_tokens == 0) return output;
+  const cudaStream_t stream = current_stream(gemm.device_index);
+
+  const cuda::Rows rows{call.rows.x.const_data_ptr(), call.rows.row_stride, call.rows.dtype == dtype_codes().bfloat16};
+  const bool kernel_reads_rows = call.rows.dtype != dtype_codes().float32 &&
+                                 reinterpret_cast<uintptr_t>(rows.x) % kAlignment == 0 && rows.stride % 8 == 0;
+  const Product product(op, gemm, kernel_reads_rows);
+  if (product.takes_rows()) {
+    product.launch(rows, output, constant_weights, stream);
+    return output;
+  }
+  const QuantizeCall activations = check_quantize_per_token(call.rows.x);
+  quantize(op, activations, stream);
+  gemm.activations = static_cast<const int8_t*>(activations.quantized.const_data_ptr());
+  gemm.token_scale = static_cast<const float*>(activations.token_scale.const_data_ptr());
+  product.launch({}, output, constant_weights, stream);
+  return output;
 }
 
 }  // namespace
@@ -197,4 +250,5 @@ STABLE_TORCH_LIBRARY_IMPL(marlin_qqq, CUDA, library) {
   namespace ops = marlin_qqq::torch_ops;
   library.impl("marlin_qqq_gemm", TORCH_BOX(&ops::marlin_qqq_gemm_cuda));
   library.impl("quantize_per_token", TORCH_BOX(&ops::quantize_per_token_cuda));
+  library.impl("marlin_qqq_linear", TORCH_BOX(&ops::marlin_qqq_linear_cuda));
 }

@@ -8,6 +8,9 @@ STABLE_TORCH_LIBRARY(marlin_qqq, library) {
       "SymInt size_m, SymInt size_n, SymInt size_k, *, Tensor? bias=None, ScalarType? out_dtype=None, "
       "bool constant_weights=False) -> Tensor");
   library.def("quantize_per_token(Tensor x) -> (Tensor, Tensor)");
+  library.def(
+      "marlin_qqq_linear(Tensor x, Tensor b_q_weight, Tensor s_ch, Tensor s_group, *, Tensor? bias=None, "
+      "ScalarType? out_dtype=None, bool constant_weights=False) -> Tensor");
   library.def("pack_weight(Tensor codes, int group_size) -> Tensor");
   library.def("unpack_weight(Tensor packed, int group_size) -> Tensor");
   library.def("permute_group_scale(Tensor scale) -> Tensor");

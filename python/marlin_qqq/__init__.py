@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .integrations.transformers import enable_transformers
     from .introspection import Plan, build_info, candidates, plan, tile_table
     from .linear import QQQLinear
-    from .ops import make_workspace, marlin_qqq_gemm, quantize_per_token
+    from .ops import make_workspace, marlin_qqq_gemm, marlin_qqq_linear, quantize_per_token
     from .packing import (
         QQQWeight,
         pack_weight,
@@ -47,6 +47,7 @@ _HOME = {
     "quantize_model": "quantization",
     "make_workspace": "ops",
     "marlin_qqq_gemm": "ops",
+    "marlin_qqq_linear": "ops",
     "quantize_per_token": "ops",
     "QQQWeight": "packing",
     "pack_weight": "packing",
@@ -75,6 +76,7 @@ __all__ = [
     "load_quantized_model",
     "make_workspace",
     "marlin_qqq_gemm",
+    "marlin_qqq_linear",
     "pack_weight",
     "permute_channel_scale",
     "permute_group_scale",

@@ -29,7 +29,13 @@ def _module() -> Any:
 
 
 def plan(
-    num_tokens: int, out_features: int, in_features: int, group_size: int = 128, device: str = "sm_90", **overrides: Any
+    num_tokens: int,
+    out_features: int,
+    in_features: int,
+    group_size: int = 128,
+    device: str = "sm_90",
+    quantizes: bool = False,
+    **overrides: Any,
 ) -> Plan:
     """The launch that :func:`marlin_qqq.marlin_qqq_gemm` would make for a problem on a GPU.
 
@@ -39,6 +45,8 @@ def plan(
         in_features: a positive multiple of 128, below 132104.
         group_size: 128, or -1 for per-channel weights.
         device: ``"sm_80"`` (A100), ``"sm_86"``, ``"sm_89"``, ``"sm_90"`` (H100, H200) or ``"sm_120"``.
+        quantizes: the launch of :func:`marlin_qqq.marlin_qqq_linear` instead, for fp16 or bf16 rows. The plan's own
+            ``quantizes`` says whether the product's kernel quantises them, or a kernel before it does.
         overrides: ``tile`` (a name from :func:`tile_table` or a plan's ``name``), ``split`` and ``family``
             (``"sm80"``, ``"sm90"``), as the environment variables ``MARLIN_QQQ_TILE``, ``MARLIN_QQQ_SPLIT`` and
             ``MARLIN_QQQ_FAMILY``.
@@ -53,14 +61,19 @@ def plan(
     Example:
         >>> print(marlin_qqq.plan(16, 4096, 4096, 128, device="sm_90"))     # doctest: +SKIP
     """
-    return _module().plan(num_tokens, out_features, in_features, group_size, device, **overrides)
+    return _module().plan(num_tokens, out_features, in_features, group_size, device, quantizes=quantizes, **overrides)
 
 
 def candidates(
-    num_tokens: int, out_features: int, in_features: int, group_size: int = 128, device: str = "sm_90"
+    num_tokens: int,
+    out_features: int,
+    in_features: int,
+    group_size: int = 128,
+    device: str = "sm_90",
+    quantizes: bool = False,
 ) -> list[Plan]:
     """Every launch that could run a problem, the planner's favourite first. Arguments and errors as :func:`plan`."""
-    return _module().candidates(num_tokens, out_features, in_features, group_size, device)
+    return _module().candidates(num_tokens, out_features, in_features, group_size, device, quantizes=quantizes)
 
 
 def tile_table() -> list[TileDescription]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from marlin_qqq.ops import make_workspace
+from marlin_qqq.ops import marlin_qqq_linear
 from marlin_qqq.packing import (
     GROUP_SIZE,
     IN_FEATURES_MULTIPLE,
@@ -24,7 +24,7 @@ from marlin_qqq.quantization import Method, check_and_repair, check_weight, dequ
 
 _ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Buffers whose dtype is part of the format, and an integer dtype of the same size that no conversion touches.
-_FIXED_DTYPES = {"B": torch.int32, "s_channel": torch.int32, "s_group": torch.int16, "workspace": torch.int32}
+_FIXED_DTYPES = {"B": torch.int32, "s_channel": torch.int32, "s_group": torch.int16}
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -77,7 +77,6 @@ class QQQLinear(nn.Module):
     B: Tensor
     s_channel: Tensor
     s_group: Tensor
-    workspace: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -104,8 +103,6 @@ class QQQLinear(nn.Module):
         self.register_buffer("s_channel", torch.zeros(1, n, dtype=torch.float32, device=device))
         self.register_buffer("s_group", torch.zeros(group_shape, dtype=torch.float16, device=device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
-        # Allocated once; a buffer, so that it follows the layer to another device and a CUDA graph keeps its address.
-        self.register_buffer("workspace", make_workspace(n, device or torch.get_default_device()), persistent=False)
 
     @classmethod
     def from_linear(
@@ -203,29 +200,19 @@ class QQQLinear(nn.Module):
                 f"x has shape {list(x.shape)}; the last dimension must be in_features = {self.in_features}"
             )
         output_dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
-        a, token_scale = torch.ops.marlin_qqq.quantize_per_token(x)
-        a = a.view(-1, self.in_features)
-        if self.padded_in_features != self.in_features:
-            a = functional.pad(a, (0, self.padded_in_features - self.in_features))
-        y = torch.ops.marlin_qqq.marlin_qqq_gemm(
-            a,
+        padding = self.padded_in_features - self.in_features
+        y = marlin_qqq_linear(
+            functional.pad(x, (0, padding)) if padding else x,  # zeros change no token's scale
             self.B,
-            token_scale.view(-1, 1),
             self.s_channel,
             self.s_group,
-            self.workspace,
-            a.shape[0],
-            self.padded_out_features,
-            self.padded_in_features,
             bias=self._output_bias(output_dtype),
             out_dtype=output_dtype,
             constant_weights=True,
         )
         if self.padded_out_features != self.out_features:
-            y = y[:, : self.out_features].contiguous()
-        y = y.view(*x.shape[:-1], self.out_features)
-        result: Tensor = y.to(x.dtype)
-        return result
+            y = y[..., : self.out_features].contiguous()
+        return y.to(x.dtype)
 
     def _output_bias(self, output_dtype: torch.dtype) -> Tensor | None:
         """The bias as the op takes it: in the output's dtype, with the output's padding."""
@@ -279,8 +266,6 @@ class QQQLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if self.workspace.device != self.B.device:  # assign=True put the stored tensors, and their device, in place
-            self.workspace = make_workspace(self.padded_out_features, self.B.device)
 
     def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
         name = prefix.removesuffix(".") or type(self).__name__

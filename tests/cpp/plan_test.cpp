@@ -319,5 +319,60 @@ TEST(Sm90Candidates, BlocksThatExchangeSumsHaveRoomAndBarriersForThem) {
   EXPECT_GT(exchanges, 100);
 }
 
+TEST(Sm90Candidates, KernelsThatQuantiseHoldTheirRowsAndWarpsForEveryToken) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  int quantizing = 0;
+  for (int64_t num_tokens = 1; num_tokens <= 17; ++num_tokens) {
+    for (int64_t in_features : {128, 1024, 2048, 2176, 4096, 8192, 16384, 16512}) {
+      const Problem problem{num_tokens, 1280, in_features, 128, /*quantizes=*/true};
+      for (const Plan& candidate : plan::sm90_candidates(problem, device)) {
+        if (!candidate.quantizes) continue;
+        ++quantizing;
+        expect_runnable(candidate, problem, device);
+        const plan::Sm90Tile& tile = plan::kSm90Tiles[candidate.tile];
+        const int warps = candidate.threads / 32;
+        const int token_warps = tile.token_warps(num_tokens);
+        EXPECT_GE(token_warps, 1);
+        EXPECT_EQ(token_warps & (token_warps - 1), 0);
+        EXPECT_LE(token_warps * num_tokens, warps);
+        // A warp's threads keep its share of a token: quantized_vectors() times eight elements each.
+        EXPECT_LE(in_features, token_warps * 32 * tile.quantized_vectors() * 8);
+        const int64_t split = candidate.split * candidate.scratch_split;
+        const int64_t stages = (in_features / 128 + split - 1) / split;
+        const int64_t rows = num_tokens * 128 * stages, scales = 4 * tile.tokens, magnitudes = 4 * warps;
+        EXPECT_GE(candidate.shared_memory_bytes - tile.shared_memory_bytes(), rows + scales + magnitudes);
+        if (candidate.scratch_split > 1) {
+          EXPECT_GE(candidate.scratch_bytes, 4 * num_tokens * (1280 * split + 1)) << "no room for the scales";
+        }
+      }
+    }
+  }
+  EXPECT_GT(quantizing, 100);
+}
+
+TEST(Plan, OnlyProblemsThatQuantiseGetKernelsThatDo) {
+  for (const char* architecture : kArchitectures) {
+    const DeviceProperties device = plan::reference_device(architecture);
+    for (int64_t num_tokens : kTokens) {
+      const Problem problem{num_tokens, 4096, 4096, -1};
+      Problem quantizing = problem;
+      quantizing.quantizes = true;
+      std::set<std::string> names;
+      for (const Plan& candidate : plan::candidates(problem, device)) {
+        EXPECT_FALSE(candidate.quantizes) << architecture;
+        names.insert(plan::candidate_name(candidate));
+      }
+      size_t others = 0;
+      for (const Plan& candidate : plan::candidates(quantizing, device)) {
+        const std::string name = plan::candidate_name(candidate);
+        EXPECT_EQ(candidate.quantizes, name.ends_with("/quantizing")) << name;
+        EXPECT_EQ(names.contains(name), !candidate.quantizes) << name;
+        others += !candidate.quantizes;
+      }
+      EXPECT_EQ(others, names.size()) << architecture;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace marlin_qqq

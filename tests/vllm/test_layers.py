@@ -390,7 +390,7 @@ def test_memory_stays_and_parameters_become_plain(as_rank, group_size):
     assert {type(parameter) for parameter in layer.parameters()} == {torch.nn.Parameter}
     assert not any(parameter.requires_grad for parameter in layer.parameters())
     # Nothing else of the weight's size hangs on the layer.
-    assert sum(buffer.nbytes for buffer in layer.buffers()) == marlin_qqq.make_workspace(128, "cpu").nbytes
+    assert not list(layer.buffers())
     finish(layer)  # vLLM may process a layer again
     assert {name: parameter.data_ptr() for name, parameter in layer.named_parameters()} == addresses
 

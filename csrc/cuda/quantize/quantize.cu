@@ -1,107 +1,17 @@
 // quantize_per_token: one pass, a row in registers. Definition: docs/format.md, "Activations".
 #include "cuda/quantize/quantize.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/common/launch_dependent.h"
+#include "cuda/quantize/row_quantization.cuh"
 #include "format/divide_up.h"
 
 namespace marlin_qqq::cuda {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr uint32_t kInfinityBits = 0x7f800000u;
-
-// Elements of 16 bytes: their largest |x| in fp32 bits, which order like the numbers do, infinities and then NaNs above
-// all; and their values.
-template <class T>
-struct Vector;
-
-template <>
-struct Vector<float> {
-  static constexpr int kElements = 4;
-  static __device__ __forceinline__ uint32_t largest(uint4 v) {
-    return max(max(v.x & 0x7fffffffu, v.y & 0x7fffffffu), max(v.z & 0x7fffffffu, v.w & 0x7fffffffu));
-  }
-  static __device__ __forceinline__ void unpack(uint4 v, float (&x)[4]) {
-    x[0] = __uint_as_float(v.x);
-    x[1] = __uint_as_float(v.y);
-    x[2] = __uint_as_float(v.z);
-    x[3] = __uint_as_float(v.w);
-  }
-};
-
-// The magnitudes of 16-bit floats order like unsigned integers, two lanes at a time.
-__device__ __forceinline__ uint32_t largest_lanes(uint4 v) {
-  constexpr uint32_t kMagnitude = 0x7fff7fffu;
-  return __vmaxu2(__vmaxu2(v.x & kMagnitude, v.y & kMagnitude), __vmaxu2(v.z & kMagnitude, v.w & kMagnitude));
-}
-
-template <>
-struct Vector<__half> {
-  static constexpr int kElements = 8;
-  static __device__ __forceinline__ uint32_t largest(uint4 v) {
-    const uint32_t lanes = largest_lanes(v);
-    const auto bits = static_cast<unsigned short>(max(lanes & 0xffffu, lanes >> 16));
-    return __float_as_uint(__half2float(__ushort_as_half(bits))) & 0x7fffffffu;
-  }
-  static __device__ __forceinline__ void unpack(uint4 v, float (&x)[8]) {
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
-      x[2 * i] = pair.x;
-      x[2 * i + 1] = pair.y;
-    }
-  }
-};
-
-template <>
-struct Vector<__nv_bfloat16> {
-  static constexpr int kElements = 8;
-  static __device__ __forceinline__ uint32_t largest(uint4 v) {
-    const uint32_t lanes = largest_lanes(v);
-    return max(lanes & 0xffffu, lanes >> 16) << 16;
-  }
-  static __device__ __forceinline__ void unpack(uint4 v, float (&x)[8]) {
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      x[2 * i] = __uint_as_float(words[i] << 16);
-      x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    }
-  }
-};
-
-// What a row's largest |x| says: its scale, and what its elements are multiplied with.
-struct RowScale {
-  float scale;
-  float inverse;
-};
-
-__device__ __forceinline__ RowScale row_scale(uint32_t largest_bits) {
-  const float largest = __uint_as_float(largest_bits);
-  if (largest_bits >= kInfinityBits) return {__uint_as_float(0x7fc00000u), 0.0f};  // a NaN or an infinity in the row
-  const float inverse = __fdiv_rn(127.0f, largest);
-  if (__float_as_uint(inverse) >= kInfinityBits) return {0.0f, 0.0f};  // nothing but zeros, or next to it
-  return {__fdiv_rn(largest, 127.0f), inverse};
-}
-
-// x * inverse rounded half to even, in the low byte: |x * inverse| <= 127, and adding 1.5 * 2^23 to a product that has
-// been rounded to fp32 rounds it to an integer in the low bits.
-__device__ __forceinline__ uint32_t quantized_bits(float x, float inverse) {
-  return __float_as_uint(__fadd_rn(__fmul_rn(x, inverse), 12582912.0f));
-}
-
-__device__ __forceinline__ uint32_t pack4(const float* x, float inverse) {
-  const uint32_t low = __byte_perm(quantized_bits(x[0], inverse), quantized_bits(x[1], inverse), 0x0040);
-  const uint32_t high = __byte_perm(quantized_bits(x[2], inverse), quantized_bits(x[3], inverse), 0x0040);
-  return __byte_perm(low, high, 0x5410);
-}
 
 // The maximum over the threads of a row: blockDim.x threads, whole warps; threadIdx.y counts rows of the block.
 __device__ __forceinline__ uint32_t row_maximum(uint32_t value) {
@@ -122,7 +32,7 @@ template <class T, int kVectors>
 __global__ void __launch_bounds__(kMaxThreads)
     quantize_rows(const T* x, int64_t num_tokens, int64_t in_features, int64_t row_stride, int8_t* quantized,
                   float* token_scale) {
-  constexpr int kElements = Vector<T>::kElements;
+  constexpr int kElements = ElementVector<T>::kElements;
   allow_next_kernel();
   wait_for_previous_kernel();
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -138,25 +48,22 @@ __global__ void __launch_bounds__(kMaxThreads)
     values[i] = index < vectors ? __ldcs(row + index) : make_uint4(0, 0, 0, 0);
   }
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) largest = max(largest, Vector<T>::largest(values[i]));
-  const RowScale scale = row_scale(row_maximum(largest));
+  for (int i = 0; i < kVectors; ++i) largest = max(largest, ElementVector<T>::largest(values[i]));
+  const RowScale scale(row_maximum(largest));
   if (!inside) return;
-  if (threadIdx.x == 0) token_scale[token] = scale.scale;
-  const bool finite = scale.scale == scale.scale;  // otherwise NaN * 0 would not be zero
+  if (threadIdx.x == 0) token_scale[token] = scale.scale();
 
   int8_t* target = quantized + token * in_features;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int index = threadIdx.x + i * blockDim.x;
     if (index >= vectors) break;
-    float elements[kElements];
-    Vector<T>::unpack(values[i], elements);
     if constexpr (kElements == 8) {
-      uint2 packed = {pack4(elements, scale.inverse), pack4(elements + 4, scale.inverse)};
-      if (!finite) packed = make_uint2(0, 0);
-      reinterpret_cast<uint2*>(target)[index] = packed;
+      reinterpret_cast<uint2*>(target)[index] = quantized_vector<T>(values[i], scale);
     } else {
-      reinterpret_cast<uint32_t*>(target)[index] = finite ? pack4(elements, scale.inverse) : 0u;
+      float elements[kElements];
+      ElementVector<T>::unpack(values[i], elements);
+      reinterpret_cast<uint32_t*>(target)[index] = scale.is_finite() ? pack4(elements, scale.inverse) : 0u;
     }
   }
 }
@@ -173,19 +80,18 @@ __global__ void __launch_bounds__(256) quantize_rows_of_any_shape(const T* x, in
   for (int64_t i = threadIdx.x; i < in_features; i += blockDim.x) {
     largest = max(largest, __float_as_uint(static_cast<float>(row[i])) & 0x7fffffffu);
   }
-  const RowScale scale = row_scale(row_maximum(largest));
-  if (threadIdx.x == 0) token_scale[token] = scale.scale;
-  const bool finite = scale.scale == scale.scale;
+  const RowScale scale(row_maximum(largest));
+  if (threadIdx.x == 0) token_scale[token] = scale.scale();
   for (int64_t i = threadIdx.x; i < in_features; i += blockDim.x) {
     quantized[token * in_features + i] =
-        finite ? static_cast<int8_t>(quantized_bits(static_cast<float>(row[i]), scale.inverse)) : int8_t{0};
+        scale.is_finite() ? static_cast<int8_t>(quantized_bits(static_cast<float>(row[i]), scale.inverse)) : int8_t{0};
   }
 }
 
 template <class T>
 cudaError_t launch(const T* x, int64_t num_tokens, int64_t in_features, int64_t row_stride, int8_t* quantized,
                    float* token_scale, cudaStream_t stream) {
-  constexpr int kElements = Vector<T>::kElements;
+  constexpr int kElements = ElementVector<T>::kElements;
   const int64_t vectors = in_features / kElements;
   const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && row_stride % kElements == 0 &&
                        in_features % kElements == 0 && reinterpret_cast<uintptr_t>(quantized) % 8 == 0;

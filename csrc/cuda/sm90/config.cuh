@@ -10,11 +10,13 @@
 
 namespace marlin_qqq::cuda::sm90 {
 
-// A row of plan::kSm90Tiles, and whether the weights have group scales.
-template <int kTileIndex, bool kWithGroupScales>
+// A row of plan::kSm90Tiles, whether the weights have group scales, and whether the activations arrive as fp16 or bf16,
+// which the kernel quantises itself.
+template <int kTileIndex, bool kWithGroupScales, bool kQuantizesTokens = false>
 struct Config {
   static constexpr plan::Sm90Tile kTile = plan::kSm90Tiles[kTileIndex];
   static constexpr bool kGrouped = kWithGroupScales;
+  static constexpr bool kQuantizes = kQuantizesTokens;
   static constexpr bool kDepthSplit = kTile.depth_split();
   static constexpr bool kWarpRings = kTile.warp_rings();
 
@@ -51,6 +53,11 @@ struct Config {
   static constexpr int kTokenScaleOffset = kRingOffset + kTile.pipeline_bytes();
   static constexpr int kBarrierOffset = kTokenScaleOffset + kTile.token_scale_bytes();
   static constexpr int kExchangeBarrierOffset = kBarrierOffset + 16 * kStages * kRings;
+  // Of a kernel that quantises: largest magnitudes, one a warp; the tokens' scales; the block's slice of the int8
+  // activations, [stages][num_tokens][128].
+  static constexpr int kMagnitudeOffset = kExchangeBarrierOffset + 8 * kTile.exchange_barriers();
+  static constexpr int kQuantizedScaleOffset = kMagnitudeOffset + kConsumerThreads / 32 * 4;
+  static constexpr int kQuantizedOffset = (kQuantizedScaleOffset + 4 * kTokens + 127) / 128 * 128;
 };
 
 // Which chunk of 16 features of its packed tile (64 features) a thread's first product takes: the warp's own ones,
@@ -73,6 +80,14 @@ struct Parameters {
   CUtensorMap weights;       // uint32 [in_features / 16, 2 * out_features],   box [8, 2 * panel_features]
   CUtensorMap group_scales;  // fp16   [in_features / 128, out_features],      box [1, panel_features]
   CUtensorMap output;        // 16 bit [num_tokens, out_features],             box [store_tokens, 64], swizzled
+
+  // Activations that the kernel quantises itself (Config::kQuantizes): fp16 or bf16, rows `x_row_stride` elements
+  // apart.
+  const void* x;
+  int64_t x_row_stride;
+  bool x_is_bfloat16;
+  int token_warps_log2;      // warps that share the quantisation of a token
+  float* found_token_scale;  // where the tokens' scales go for the reduction kernel; null: nowhere
 
   const float* token_scale;
   const float* channel_scale;

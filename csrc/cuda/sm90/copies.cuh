@@ -101,6 +101,7 @@ struct Multicast {
 template <class C>
 __device__ __forceinline__ void load_activations(const Parameters& p, const Ring<C>& ring, int stage,
                                                  const WorkTile& tile, int block, const Multicast& multicast) {
+  if constexpr (C::kQuantizes) return;
   if (C::kDepthSplit || multicast.blocks == 1) {
     tma_load(&p.activations, ring.activations(stage), ring.full(stage), 128 * block, tile.token, kEvictNormal);
   } else {
@@ -123,28 +124,39 @@ __device__ __forceinline__ void prefetch_weights(const Parameters& p, const Work
   }
 }
 
-// The first fill of a ring, in one thread. Weights that the caller promised to be constant do not depend on the kernel
-// before this one; everything else has to wait for it. Without the promise weights may at least be brought to L2
-// meanwhile: whoever writes them writes them there. Returns the number of stages filled.
+// The first fill of a ring, in one thread: a part before the kernel before this one has ended, the rest after. Weights
+// that the caller promised to be constant do not depend on that kernel; everything else has to wait for it. Without the
+// promise weights may at least be brought to L2 meanwhile: whoever writes them writes them there.
 template <class C>
-__device__ __forceinline__ int fill_ring(const Parameters& p, const Ring<C>& ring, const WorkTile& tile,
-                                         const Multicast& multicast) {
-  const int filled = min(tile.stage_end - tile.stage_begin, C::kStages);
-  const int early = static_cast<int>(blockIdx.x) < p.early_blocks ? min(p.early_stages, filled) : 0;
-  const int in_ring = p.early_into_ring ? early : 0;
-  // Not unrolled: with an unrolled loop of copies here, ptxas takes the warp for divergent from then on and keeps the
-  // mainloop's descriptors in registers of threads (7 % of the time of `narrow` tiles).
+struct RingFill {
+  const Parameters& p;
+  const Ring<C>& ring;
+  const WorkTile& tile;
+  int stages;       // that are filled
+  int in_ring = 0;  // of these, weights fetched early
+
+  __device__ __forceinline__ RingFill(const Parameters& p, const Ring<C>& ring, const WorkTile& tile)
+      : p(p), ring(ring), tile(tile), stages(min(tile.stage_end - tile.stage_begin, C::kStages)) {}
+
+  // Not unrolled, here and below: with an unrolled loop of copies before the mainloop, ptxas takes the warp for
+  // divergent from then on and keeps the mainloop's descriptors in registers of threads (7 % of the time of `narrow`
+  // tiles).
+  __device__ __forceinline__ void early() {
+    const int early = static_cast<int>(blockIdx.x) < p.early_blocks ? min(p.early_stages, stages) : 0;
+    in_ring = p.early_into_ring ? early : 0;
 #pragma unroll 1
-  for (int i = 0; i < in_ring; ++i) load_weights<C>(p, ring, i, tile, tile.stage_begin + i);
-  if (!p.early_into_ring) prefetch_weights<C>(p, tile, tile.stage_begin, tile.stage_begin + early);
-  wait_for_previous_kernel();
-#pragma unroll 1
-  for (int i = 0; i < filled; ++i) {
-    if (i >= in_ring) load_weights<C>(p, ring, i, tile, tile.stage_begin + i);
-    load_activations<C>(p, ring, i, tile, tile.stage_begin + i, multicast);
+    for (int i = 0; i < in_ring; ++i) load_weights<C>(p, ring, i, tile, tile.stage_begin + i);
+    if (!p.early_into_ring) prefetch_weights<C>(p, tile, tile.stage_begin, tile.stage_begin + early);
   }
-  return filled;
-}
+
+  __device__ __forceinline__ void rest(const Multicast& multicast) const {
+#pragma unroll 1
+    for (int i = 0; i < stages; ++i) {
+      if (i >= in_ring) load_weights<C>(p, ring, i, tile, tile.stage_begin + i);
+      load_activations<C>(p, ring, i, tile, tile.stage_begin + i, multicast);
+    }
+  }
+};
 
 // The thread that fills the ring of a block whose warpgroups share it. `next_tile(WorkTile&)` gives this block's tiles
 // in order, false after the last.
@@ -153,9 +165,12 @@ __device__ __forceinline__ void produce(const Parameters& p, const Ring<C>& ring
                                         NextTile next_tile) {
   WorkTile tile;
   if (!next_tile(tile)) return;
-  const int filled = fill_ring<C>(p, ring, tile, multicast);
-  RingPosition<C> position = {filled % C::kStages, static_cast<uint32_t>(filled / C::kStages)};
-  int block = tile.stage_begin + filled;
+  RingFill<C> fill(p, ring, tile);
+  fill.early();
+  wait_for_previous_kernel();
+  fill.rest(multicast);
+  RingPosition<C> position = {fill.stages % C::kStages, static_cast<uint32_t>(fill.stages / C::kStages)};
+  int block = tile.stage_begin + fill.stages;
   do {
     for (; block < tile.stage_end; ++block) {
       barrier_wait(ring.empty(position.stage), position.phase ^ 1);

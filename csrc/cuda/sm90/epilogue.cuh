@@ -297,7 +297,9 @@ __device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t shared
       const int row = first + u * kRows;
       // From L2: a quantisation may have written it while this kernel was waiting, beside one that had read the old
       // ones.
-      token_scale[u] = row < last_row ? __ldcg(p.token_scale + tile.token + row) : 0.0f;
+      token_scale[u] = row >= last_row ? 0.0f
+                       : C::kQuantizes ? __uint_as_float(shared_load(shared + C::kQuantizedScaleOffset + 4 * row))
+                                       : __ldcg(p.token_scale + tile.token + row);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) sum[u] = ring_sums(min(first + u * kRows, C::kTokens - 1));

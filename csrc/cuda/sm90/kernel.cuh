@@ -7,6 +7,7 @@
 #include "cuda/sm90/config.cuh"
 #include "cuda/sm90/epilogue.cuh"
 #include "cuda/sm90/mainloop.cuh"
+#include "cuda/sm90/token_quantization.cuh"
 #include "cuda/sm90/warp_mainloop.cuh"
 
 namespace marlin_qqq::cuda::sm90 {
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
   if (threadIdx.x == 0) {
     tma_prefetch_map(&p.weights);
     if constexpr (C::kGrouped) tma_prefetch_map(&p.group_scales);
-    tma_prefetch_map(&p.activations);
+    if constexpr (!C::kQuantizes) tma_prefetch_map(&p.activations);
 #pragma unroll
     for (int r = 0; r < C::kRings; ++r) {
       const auto ring = Ring<C>::of(shared, r);
@@ -109,13 +110,41 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
       tile.stage_begin = whole.stage_begin + stages * ring_index / C::kRings;
       tile.stage_end = whole.stage_begin + stages * (ring_index + 1) / C::kRings;
       const bool fills = C::kWarpRings ? lane == 0 : threadIdx.x % 128 == 0;
-      if (fills) fill_ring<C>(p, ring, tile, {1, 0, 0, 0});
-      __syncwarp();
-      wait_for_previous_kernel();
+      RingFill<C> fill(p, ring, tile);
+      if (fills) fill.early();
+      if constexpr (C::kQuantizes) {
+        __syncwarp();
+        wait_for_previous_kernel();
+        const auto quantize = [&](auto row) {
+          row.load();  // ahead of the rest of the weights, which take the same way
+          if (fills) fill.rest({1, 0, 0, 0});
+          __syncwarp();
+          row.quantize(shared, whole);
+        };
+        if (p.x_is_bfloat16) {
+          quantize(TokenRow<C, __nv_bfloat16>(p, warp, lane));
+        } else {
+          quantize(TokenRow<C, __half>(p, warp, lane));
+        }
+      } else {
+        if (fills) {
+          wait_for_previous_kernel();
+          fill.rest({1, 0, 0, 0});
+        }
+        __syncwarp();
+        wait_for_previous_kernel();
+      }
       if (tile.stage_begin < tile.stage_end) {
         StageRefill<C> refill{p, ring, tile, tile.stage_begin + C::kStages, fills};
         if constexpr (C::kWarpRings) {
-          consume_in_warp<C>(ring, position, tile, lane, refill, sums);
+          if constexpr (C::kQuantizes) {
+            const QuantizedTokens<C> quantized(p, shared);
+            const auto rows = [&](int block, int) { return quantized.row(block - whole.stage_begin, 0); };
+            consume_in_warp<C>(ring, position, tile, lane, rows, p.num_tokens - 1, refill, sums);
+          } else {
+            const auto rows = [&](int, int stage) { return ring.activations(stage); };
+            consume_in_warp<C>(ring, position, tile, lane, rows, C::kTokens - 1, refill, sums);
+          }
         } else {
           consume<C>(ring, position, tile, WeightReader<C>(warpgroup, warp % 4, lane), refill, sums);
         }

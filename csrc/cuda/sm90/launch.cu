@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <utility>
 
 #include "cuda/common/launch_dependent.h"
@@ -19,15 +20,33 @@ std::array<std::array<Kernel, 2>, sizeof...(kTileIndices)> make_kernels(std::int
   return {{{kernel_of<kTileIndices, false>(), kernel_of<kTileIndices, true>()}...}};
 }
 
-Kernel kernel_for(int tile, bool grouped) {
-  static const auto kernels = make_kernels(std::make_integer_sequence<int, plan::kSm90TileCount>());
-  return kernels[tile][grouped];
+template <int kTileIndex>
+Kernel quantizing_kernel(bool grouped) {
+  if constexpr (plan::kSm90Tiles[kTileIndex].can_quantize()) {
+    return grouped ? quantizing_kernel_of<kTileIndex, true>() : quantizing_kernel_of<kTileIndex, false>();
+  } else {
+    return nullptr;
+  }
 }
 
-cudaError_t allow_shared_memory_of(int tile, bool grouped) {
-  static std::atomic<uint64_t> done[plan::kSm90TileCount][2];
-  return allow_shared_memory(done[tile][grouped], reinterpret_cast<const void*>(kernel_for(tile, grouped)),
-                             plan::kSm90Tiles[tile].shared_memory_bytes());
+template <int... kTileIndices>
+Kernel quantizing_kernel(int tile, bool grouped, std::integer_sequence<int, kTileIndices...>) {
+  Kernel kernel = nullptr;
+  ((kernel = tile == kTileIndices ? quantizing_kernel<kTileIndices>(grouped) : kernel), ...);
+  return kernel;
+}
+
+Kernel kernel_for(int tile, bool grouped, bool quantizes = false) {
+  using Indices = std::make_integer_sequence<int, plan::kSm90TileCount>;
+  static const auto kernels = make_kernels(Indices());
+  return quantizes ? quantizing_kernel(tile, grouped, Indices()) : kernels[tile][grouped];
+}
+
+cudaError_t allow_shared_memory_of(int tile, bool grouped, bool quantizes) {
+  static std::atomic<uint64_t> done[plan::kSm90TileCount][2][2];
+  return allow_shared_memory(done[tile][grouped][quantizes],
+                             reinterpret_cast<const void*>(kernel_for(tile, grouped, quantizes)),
+                             quantizes ? plan::kSm90LargestBlockMemory : plan::kSm90Tiles[tile].shared_memory_bytes());
 }
 
 // How blocks that may start while the kernel before this one still runs fetch their first weights. All measured on an
@@ -63,10 +82,22 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   const auto inputs = static_cast<uint64_t>(problem.in_features);
 
   Parameters p = {};
-  p.activation_rows = tile.activation_rows(problem.num_tokens, plan.multicast);
-  p.activation_bytes = 128 * p.activation_rows * plan.multicast;
-  cudaError_t error = encode_tensor_map(&p.activations, ElementType::kInt8, arguments.activations, tokens, inputs,
-                                        p.activation_rows, 128, /*swizzle=*/true);
+  cudaError_t error = cudaSuccess;
+  if (plan.quantizes) {
+    p.x = arguments.rows.x;
+    p.x_row_stride = arguments.rows.stride;
+    p.x_is_bfloat16 = arguments.rows.bfloat16;
+    p.token_warps_log2 = std::countr_zero(static_cast<unsigned>(tile.token_warps(problem.num_tokens)));
+    if (plan.scratch_split > 1) {  // behind the sums
+      p.found_token_scale =
+          static_cast<float*>(scratch) + plan.scratch_split * problem.num_tokens * problem.out_features;
+    }
+  } else {
+    p.activation_rows = tile.activation_rows(problem.num_tokens, plan.multicast);
+    p.activation_bytes = 128 * p.activation_rows * plan.multicast;
+    error = encode_tensor_map(&p.activations, ElementType::kInt8, arguments.activations, tokens, inputs,
+                              p.activation_rows, 128, /*swizzle=*/true);
+  }
   if (error == cudaSuccess) {
     error = encode_tensor_map(&p.weights, ElementType::kUInt32, arguments.packed_weight, inputs / 16, 2 * features, 8,
                               2 * tile.panel_features(), /*swizzle=*/false);
@@ -80,7 +111,7 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
     error = encode_tensor_map(&p.output, ElementType::kUInt16, arguments.output, tokens, features, tile.store_tokens(),
                               64, /*swizzle=*/true);
   }
-  if (error == cudaSuccess) error = allow_shared_memory_of(plan.tile, grouped);
+  if (error == cudaSuccess) error = allow_shared_memory_of(plan.tile, grouped, plan.quantizes);
   if (error != cudaSuccess) return error;
 
   p.token_scale = arguments.token_scale;
@@ -104,11 +135,12 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   p.scratch = static_cast<int32_t*>(scratch);
   p.multicast = plan.multicast;
 
-  error = launch_dependent(kernel_for(plan.tile, grouped), plan.grid, plan.threads, tile.shared_memory_bytes(),
-                           plan.split * plan.multicast, stream, p);
+  error = launch_dependent(kernel_for(plan.tile, grouped, plan.quantizes), plan.grid, plan.threads,
+                           plan.shared_memory_bytes, plan.split * plan.multicast, stream, p);
   if (error != cudaSuccess || plan.scratch_split == 1) return error;
 
-  const Reduction reduction = {p.scratch,        p.token_scale,        p.channel_scale,    p.bias,
+  const float* token_scale = plan.quantizes ? p.found_token_scale : p.token_scale;
+  const Reduction reduction = {p.scratch,        token_scale,          p.channel_scale,    p.bias,
                                p.output_pointer, p.output_is_bfloat16, plan.scratch_split, p.num_tokens,
                                p.out_features};
   const int64_t vectors = problem.num_tokens * problem.out_features / 4;
@@ -118,7 +150,7 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
 
 int max_active_clusters(int cluster_size) {
   constexpr int kTile = plan::sm90_tile_index("deep256");
-  if (allow_shared_memory_of(kTile, true) != cudaSuccess) return 0;
+  if (allow_shared_memory_of(kTile, true, false) != cudaSuccess) return 0;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = cluster_size;

@@ -37,7 +37,7 @@ inline __global__ void __launch_bounds__(kReductionThreads) reduce_kernel(const 
   }
   const int row = static_cast<int>(4 * index / r.out_features);
   const int column = static_cast<int>(4 * index - static_cast<int64_t>(row) * r.out_features);
-  store_outputs(total, r.token_scale[row], r.channel_scale, r.bias, r.output, row, column, r.out_features,
+  store_outputs(total, __ldcg(r.token_scale + row), r.channel_scale, r.bias, r.output, row, column, r.out_features,
                 r.output_is_bfloat16);
 }
 

@@ -11,4 +11,8 @@ using Kernel = void (*)(const Parameters);
 template <int kTileIndex, bool kGrouped>
 Kernel kernel_of();
 
+// The one that quantises the activations itself, of a tile that can (plan::Sm90Tile::can_quantize).
+template <int kTileIndex, bool kGrouped>
+Kernel quantizing_kernel_of();
+
 }  // namespace marlin_qqq::cuda::sm90

@@ -9,10 +9,12 @@
 namespace marlin_qqq::cuda::sm90 {
 
 // Sums of one tile's 64 features. sums[j][4 * i + 2 * b + e]: feature 16 * j + 8 * b + lane / 4, token 8 * i + 2 *
-// (lane % 4) + e. `stage_is_free(stage)` is called once for every stage that the warp has read.
-template <class C, class StageIsFree>
+// (lane % 4) + e. `token_rows(block, stage)` is where the int8 rows of the inputs' block `block` are, `last_token` the
+// last one of them. `stage_is_free(stage)` is called once for every stage that the warp has read.
+template <class C, class TokenRows, class StageIsFree>
 __device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, RingPosition<C>& position, const WorkTile& tile,
-                                                int lane, StageIsFree& stage_is_free,
+                                                int lane, const TokenRows& token_rows, int last_token,
+                                                StageIsFree& stage_is_free,
                                                 int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
   static_assert(C::kBlocks == 4 && C::kFeatures == 64, "a warp takes the four chunks of one packed tile");
   constexpr int kOctets = C::kTokens / 8;
@@ -23,14 +25,14 @@ __device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, RingPositio
   }
   // Lane l gives the address of token l % 8, 16-byte piece l / 8 of the four that one load_matrix fetches: swizzled as
   // the copy engine wrote them.
-  const uint32_t token_row = lane % 8;
+  const uint32_t token_row = min(lane % 8, last_token);
   const uint32_t piece = lane / 8;
 #pragma unroll 1
   for (int block = tile.stage_begin; block < tile.stage_end; ++block) {
     const int stage = position.stage;
     barrier_wait(ring.full(stage), position.phase);
     const uint32_t weights = ring.weights(stage) + 16 * lane;
-    const uint32_t activations = ring.activations(stage) + 128 * token_row;
+    const uint32_t activations = token_rows(block, stage) + 128 * token_row;
     PackedStep<C> packed[2];
     fetch_step<C>(packed[0], weights, 0);
     Scales<C> scales;

@@ -21,7 +21,6 @@ from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.reader import GROUP_SCALE, QuantizedModule, check_values, find_quantized_modules
 from marlin_qqq.checkpoint.tensors import TensorInfo, read_header
 from marlin_qqq.linear import QQQLinear
-from marlin_qqq.ops import make_workspace
 
 logger = logging.getLogger(__name__)
 
@@ -234,8 +233,6 @@ def _check_loaded_layer(name: str, layer: QQQLinear) -> None:
     if layer.B.is_meta:
         raise CheckpointError(f"{name} was not loaded")
     loaded = check_values(name, layer.B, layer.s_channel, layer.s_group, layer.bias)
-    # Not in the files: a loader that built the layer on the meta device leaves it uninitialised.
-    layer.workspace = make_workspace(layer.padded_out_features, layer.B.device)
     if loaded.repaired_columns:
         layer.s_channel, layer.s_group = loaded.weight.s_channel, loaded.weight.s_group
 

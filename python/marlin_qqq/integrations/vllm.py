@@ -2,7 +2,7 @@
 
 vLLM finds `register` through the entry point group `vllm.general_plugins`; nothing needs to be imported or passed by
 hand. Only translation happens here: the configuration is read by `marlin_qqq.checkpoint`, values are checked there, the
-arithmetic is the two ops. From nothing to a served answer: docs/vllm.md.
+arithmetic is one op. From nothing to a served answer: docs/vllm.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vllm.model_executor.parameter import (
 from marlin_qqq.checkpoint.config import QUANT_METHOD, SIDE_FILES, QuantizationSettings, parse_quantization_config
 from marlin_qqq.checkpoint.reader import CHANNEL_SCALE, GROUP_SCALE, PACKED, check_values
 from marlin_qqq.linear import round_up
-from marlin_qqq.ops import make_workspace, marlin_qqq_gemm, quantize_per_token
+from marlin_qqq.ops import marlin_qqq_linear
 from marlin_qqq.packing import GROUP_SIZE, IN_FEATURES_MULTIPLE, OUT_FEATURES_MULTIPLE, TILE_IN_FEATURES
 
 if TYPE_CHECKING:
@@ -215,40 +215,25 @@ class QQQLinearMethod(LinearMethodBase):
         for name, data in ((PACKED, packed), (CHANNEL_SCALE, channel_scale), (GROUP_SCALE, group_scale)):
             layer.register_parameter(name, torch.nn.Parameter(data, requires_grad=False))
 
-        # Buffers, not parameters: no file brings them, and vLLM's sleep mode keeps the values of buffers.
-        out_features = checked.weight.out_features
-        layer.register_buffer("workspace", make_workspace(out_features, packed.device), persistent=False)
-        if out_features != sum(layer.qqq_output_sizes):
+        if checked.weight.out_features != sum(layer.qqq_output_sizes):
+            # A buffer, not a parameter: no file brings it, and vLLM's sleep mode keeps the values of buffers.
             real_columns = _real_columns(layer.qqq_output_sizes, packed.device)
             layer.register_buffer("real_columns", real_columns, persistent=False)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         in_features, out_features = layer.B.shape[0] * TILE_IN_FEATURES, layer.B.shape[1] // 2
         real_columns = getattr(layer, "real_columns", None)
-        quantized, token_scale = quantize_per_token(x.reshape(-1, x.shape[-1]))
+        output_dtype = x.dtype
         if x.shape[-1] != in_features:
-            quantized = torch.nn.functional.pad(quantized, (0, in_features - x.shape[-1]))
+            x = torch.nn.functional.pad(x, (0, in_features - x.shape[-1]))  # zeros change no token's scale
         if bias is not None and real_columns is not None:
             bias = bias.new_zeros(out_features).index_copy(0, real_columns, bias)
         # constant_weights: vLLM writes weights only between steps (loading, reloading, waking up), and every step has
         # ordinary kernels, each of which waits for all work ahead of it, before its first matrix product.
-        output = marlin_qqq_gemm(
-            quantized,
-            layer.B,
-            token_scale,
-            layer.s_channel,
-            layer.s_group,
-            layer.workspace,
-            quantized.shape[0],
-            out_features,
-            in_features,
-            bias=bias,
-            out_dtype=x.dtype,
-            constant_weights=True,
+        output = marlin_qqq_linear(
+            x, layer.B, layer.s_channel, layer.s_group, bias=bias, out_dtype=output_dtype, constant_weights=True
         )
-        if real_columns is not None:
-            output = output.index_select(1, real_columns)
-        return output.reshape(*x.shape[:-1], output.shape[-1])
+        return output if real_columns is None else output.index_select(-1, real_columns)
 
 
 class PaddedParameter(BasevLLMParameter):

@@ -23,7 +23,7 @@ LINEAR_VARIANT = "constant"
 
 
 class MarlinLinear(MarlinGemm):
-    """``quantize_per_token`` and the product with constant weights, bias included: what QQQLinear enqueues."""
+    """``marlin_qqq_linear`` with constant weights, bias included: what QQQLinear enqueues."""
 
     def __init__(self, group_size: int) -> None:
         super().__init__(LINEAR_VARIANT, group_size)
@@ -32,28 +32,23 @@ class MarlinLinear(MarlinGemm):
     def bind(self, problem: GemmProblem, activations: Activations, context: Context) -> Bound:
         import torch
 
-        import marlin_qqq
-
         problem = self.with_group(problem)
         weights, bias = context.packed_weights(problem), context.bias(problem.out_features)
-        workspace = marlin_qqq.make_workspace(problem.out_features, context.device)
-        quantize = torch.ops.marlin_qqq.quantize_per_token.default
-        gemm = torch.ops.marlin_qqq.marlin_qqq_gemm.default
-        m, n, k = problem.num_tokens, problem.out_features, problem.in_features
+        linear = torch.ops.marlin_qqq.marlin_qqq_linear.default
 
         def launch(index: int) -> torch.Tensor:
-            quantized, token_scale = quantize(activations.x[index % activations.copies])
             copy = index % weights.copies
-            return gemm(
-                quantized, weights.packed[copy], token_scale, weights.channel_scale[copy], weights.group_scale[copy],
-                workspace, m, n, k, bias=bias, out_dtype=context.dtype, constant_weights=True,
+            return linear(
+                activations.x[index % activations.copies], weights.packed[copy], weights.channel_scale[copy],
+                weights.group_scale[copy], bias=bias, out_dtype=context.dtype, constant_weights=True,
             )  # fmt: skip
 
-        # The reference quantises on the CPU: the layer is right only if both of its ops are.
-        quantized, token_scale = quantize(activations.x[0].cpu())
+        # The reference quantises on the CPU: the layer is right only if its quantisation is.
+        quantized, token_scale = torch.ops.marlin_qqq.quantize_per_token.default(activations.x[0].cpu())
         first = Activations([activations.x[0]], [quantized], [token_scale])
         reference = context.reference(problem, first, bias=bias)
-        return Bound(launch, reference.compare, problem.bytes_moved + m * k, problem.operations)
+        extra_bytes = problem.num_tokens * problem.in_features
+        return Bound(launch, reference.compare, problem.bytes_moved + extra_bytes, problem.operations)
 
 
 class HummingLinear(HummingGemm):

@@ -1,0 +1,3 @@
+#include "cuda/sm90/instantiate.cuh"
+
+MARLIN_QQQ_INSTANTIATE_SM90_QUANTIZING("warp8")

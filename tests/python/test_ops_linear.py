@@ -1,0 +1,251 @@
+"""marlin_qqq_linear: quantize_per_token and marlin_qqq_gemm in one call, to the bit, whichever kernels it takes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import marlin_qqq
+from marlin_qqq import marlin_qqq_gemm, marlin_qqq_linear, quantize_per_token
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+GROUP_SIZES = [128, -1]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+ops = torch.ops.marlin_qqq
+
+
+def weights(out_features: int, in_features: int, group_size: int, device: str = "cpu", seed: int = 0) -> tuple:
+    problem = reference.random_problem(1, out_features, in_features, group_size, seed=seed).to(device)
+    return problem.b_q_weight, problem.s_ch, problem.s_group
+
+
+def two_ops(x: torch.Tensor, b_q_weight: torch.Tensor, s_ch: torch.Tensor, s_group: torch.Tensor, **options):
+    """What the op promises, from the two ops that other tests hold to the specification."""
+    out_features = b_q_weight.shape[1] // 2
+    a, s_tok = quantize_per_token(x)
+    a, s_tok = a.view(-1, x.shape[-1]), s_tok.view(-1, 1)
+    workspace = marlin_qqq.make_workspace(out_features, x.device)
+    options.setdefault("out_dtype", torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16)
+    arguments = (a, b_q_weight, s_tok, s_ch, s_group, workspace, a.shape[0], out_features, x.shape[-1])
+    return marlin_qqq_gemm(*arguments, **options).view(*x.shape[:-1], out_features)
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one.view(torch.int16), other.view(torch.int16))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    leading=st.lists(st.integers(0, 5), max_size=3),
+    out_tiles=st.integers(1, 5),
+    in_tiles=st.integers(1, 4),
+    group_size=st.sampled_from(GROUP_SIZES),
+    dtype=st.sampled_from(DTYPES),
+    out_dtype=st.sampled_from([None, torch.float16, torch.bfloat16]),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_equals_the_two_ops(leading, out_tiles, in_tiles, group_size, dtype, out_dtype, with_bias, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*leading, 128 * in_tiles, generator=generator).to(dtype)
+    tensors = weights(64 * out_tiles, 128 * in_tiles, group_size, seed=seed)
+    options = {} if out_dtype is None else {"out_dtype": out_dtype}
+    if with_bias:
+        bias_dtype = out_dtype or (torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
+        options["bias"] = torch.randn(64 * out_tiles, generator=generator).to(bias_dtype)
+    assert same_bits(marlin_qqq_linear(x, *tensors, **options), two_ops(x, *tensors, **options))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 3, 8, 9, 70])
+def test_special_rows(device, dtype, num_tokens):
+    """Zeros, next to zeros, NaN and infinities: zero and NaN outputs in their own rows, as of the two ops."""
+    x = torch.randn(num_tokens, 512, device=device).to(dtype)
+    rows = [torch.zeros(512), torch.full((512,), 1e-40), torch.full((512,), float("nan")), torch.full((512,), 1e30)]
+    for index, row in enumerate(rows[:num_tokens]):
+        x[index] = row.to(x)
+    x[-1, 300] = float("-inf")
+    for group_size in GROUP_SIZES:
+        tensors = weights(192, 512, group_size, device)
+        got = marlin_qqq_linear(x, *tensors)
+        assert same_bits(got, two_ops(x, *tensors))
+        assert got[-1].isnan().all()
+        assert num_tokens < 2 or not got[0].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_may_lie_apart_and_anywhere(device):
+    """Slices of a fused activation, odd strides and odd starts (which a kernel cannot load by vectors), transposes."""
+    tensors = weights(128, 256, 128, device)
+    storage = torch.randn(6, 2000, device=device).half()
+    layouts = [storage[:, 512:768], storage[:, 3:259], storage[::2, 8:264], storage[:, :1999][:, 7:263]]
+    layouts += [
+        torch.randn(256, 6, device=device).half().t(),
+        torch.randn(6, device=device).half()[:, None].expand(6, 256),
+    ]
+    for x in layouts:
+        assert same_bits(marlin_qqq_linear(x, *tensors), two_ops(x.contiguous(), *tensors))
+    vector = torch.randn(256, device=device).half()
+    assert marlin_qqq_linear(vector, *tensors).shape == (128,)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(0, 256), (2, 0, 256)])
+def test_no_tokens(device, shape):
+    got = marlin_qqq_linear(torch.empty(shape, dtype=torch.bfloat16, device=device), *weights(128, 256, -1, device))
+    assert (got.shape, got.dtype) == ((*shape[:-1], 128), torch.bfloat16)
+
+
+MISTAKES = {
+    "x dtype": (lambda x, w: (x.double(), *w), "x must be float16, bfloat16 or float32, got float64"),
+    "x scalar": (lambda x, w: (x[0, 0], *w), "x must have at least 1 dimension, [..., in_features], got a scalar"),
+    "x columns": (
+        lambda x, w: (x[:, :100], *w),
+        "in_features (x's last size) must be a positive multiple of 128, got 100",
+    ),
+    "b dtype": (lambda x, w: (x, w[0].long(), *w[1:]), "b_q_weight must be int32, got int64"),
+    "b rows": (lambda x, w: (x, w[0][:8], *w[1:]), "b_q_weight's first size must be in_features / 16 = 16, got 8"),
+    "b strides": (lambda x, w: (x, w[0].t().contiguous().t(), *w[1:]), "b_q_weight must be contiguous"),
+    "s_ch count": (lambda x, w: (x, w[0], w[1][:, :64], w[2]), "s_ch must hold out_features = 128 values"),
+    "s_group shape": (lambda x, w: (x, w[0], w[1], w[2][:1]), "s_group must have shape [in_features / 128"),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_bad_input_is_named_and_the_next_call_works(device, mistake):
+    change, message = MISTAKES[mistake]
+    x, tensors = torch.randn(5, 256, device=device).half(), weights(128, 256, 128, device)
+    with pytest.raises(RuntimeError, match=re.escape(message)) as raised:
+        marlin_qqq_linear(*change(x, tensors))
+    assert str(raised.value).startswith("marlin_qqq_linear: ")
+    assert same_bits(marlin_qqq_linear(x, *tensors), two_ops(x, *tensors))
+
+
+def test_bad_options_are_named():
+    x, tensors = torch.randn(5, 256).half(), weights(128, 256, 128)
+    with pytest.raises(RuntimeError, match="out_dtype must be float16 or bfloat16, got torch's Float"):
+        marlin_qqq_linear(x, *tensors, out_dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="bias must have the output's dtype, bfloat16, got float16"):
+        marlin_qqq_linear(x.bfloat16(), *tensors, bias=torch.zeros(128).half())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(0, 256), (1, 256), (2, 3, 256)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(device, shape, dtype):
+    x = torch.randn(shape, device=device).to(dtype)
+    torch.library.opcheck(
+        ops.marlin_qqq_linear.default, (x, *weights(128, 256, 128, device)), {"constant_weights": True}
+    )
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, b_q_weight: torch.Tensor, s_ch: torch.Tensor, s_group: torch.Tensor) -> None:
+        super().__init__()
+        for name, tensor in (("b_q_weight", b_q_weight), ("s_ch", s_ch), ("s_group", s_group)):
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return marlin_qqq_linear(x * 2, self.b_q_weight, self.s_ch, self.s_group) + 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_without_recompiling(device, backend):
+    layer = Layer(*weights(128, 256, 128, device))
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for num_tokens in (2, 3, 8, 9, 200):
+            x = torch.randn(num_tokens, 256, device=device).half()
+            assert torch.equal(compiled(x), layer(x))
+
+
+def test_plans_of_kernels_that_quantise():
+    """Few tokens of few inputs, on Hopper; the two ops' launches otherwise."""
+    plan = marlin_qqq.plan(1, 4096, 4096, 128, quantizes=True)
+    assert plan.quantizes and plan.name.endswith("/quantizing")
+    assert marlin_qqq.plan(1, 4096, 4096, 128, quantizes=True, tile=plan.name).name == plan.name
+    for num_tokens, in_features, device in [
+        (9, 4096, "sm_90"),
+        (8, 8192, "sm_90"),
+        (1, 32768, "sm_90"),
+        (1, 4096, "sm_80"),
+    ]:
+        plans = marlin_qqq.candidates(num_tokens, 4096, in_features, 128, device, quantizes=True)
+        assert plans and not any(plan.quantizes for plan in plans)
+        names = [plan.name for plan in marlin_qqq.candidates(num_tokens, 4096, in_features, 128, device)]
+        assert sorted(names) == sorted(plan.name for plan in plans)
+    assert not any(plan.quantizes for plan in marlin_qqq.candidates(1, 4096, 4096))
+
+
+# Kernels that quantise: every split, on the GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("sizes", [(64, 128), (192, 2048), (1280, 3840), (8448, 1024), (576, 16384)])
+def test_every_quantizing_launch_has_the_bits_of_the_two_ops(monkeypatch, dtype, group_size, sizes):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("kernels that quantise are for compute capability 9.0")
+    out_features, in_features = sizes
+    tensors = weights(out_features, in_features, group_size, "cuda")
+    bias = torch.randn(out_features, device="cuda").to(dtype)
+    launched = 0
+    for num_tokens in range(1, 9):
+        x = torch.randn(num_tokens, in_features + 8, device="cuda").to(dtype)[:, 8:]
+        if num_tokens > 2:
+            x[1], x[2, -1] = 0, float("nan")
+        expected = two_ops(x, *tensors, bias=bias)
+        for split in ("1x1", "2x1", "3x1", "5x1", "8x1", "1x2", "1x3", "1x16"):
+            monkeypatch.setenv("MARLIN_QQQ_TILE", f"warp8/{split}/1/quantizing")
+            for constant_weights in (False, True):
+                try:
+                    got = marlin_qqq_linear(x, *tensors, bias=bias, constant_weights=constant_weights)
+                except ValueError as error:
+                    assert "no tile named" in str(error)  # more blocks than stages, more inputs than fit, two waves
+                    continue
+                launched += 1
+                assert same_bits(got, expected), (num_tokens, split)
+        monkeypatch.delenv("MARLIN_QQQ_TILE")
+        assert same_bits(marlin_qqq_linear(x, *tensors, bias=bias, constant_weights=True), expected)
+    assert launched >= 8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_layers_in_a_chain_see_each_others_outputs(group_size):
+    """48 layers in one graph, each reading what the one before it has just written, over and over the same memory."""
+    tensors = weights(1024, 1024, group_size, "cuda")
+    for num_tokens in (1, 2, 5, 8):
+        buffers = [torch.zeros(num_tokens, 1024, device="cuda").half() for _ in range(2)]
+        start = torch.randn(num_tokens, 1024, device="cuda").half()
+
+        def chain(buffers=buffers):
+            for step in range(48):
+                y = marlin_qqq_linear(buffers[step % 2], *tensors, constant_weights=True)
+                buffers[1 - step % 2].copy_(y / y.abs().max(dim=1, keepdim=True).values)
+
+        expected = start
+        for _ in range(48):
+            y = two_ops(expected, *tensors)
+            expected = y / y.abs().max(dim=1, keepdim=True).values
+        buffers[0].copy_(start)
+        chain()
+        buffers[0].copy_(start)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            chain()
+        for _ in range(5):
+            buffers[0].copy_(start)
+            graph.replay()
+            assert torch.equal(buffers[0], expected)
