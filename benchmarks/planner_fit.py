@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy
 
+from marlin_qqq.bench.presets import REFERENCE_SHAPES
 from marlin_qqq.bench.results import OURS, Run
 
 Model = dict[str, float]
@@ -28,6 +29,8 @@ REGIMES = ((1, 16), (17, 64), (65, 128), (129, 256), (257, 1 << 30))
 # measurement depends on.
 TIMES_WEIGHT = 0.2
 DRIFT_WEIGHT = 1e-4
+# What a problem of a reference shape weighs beside one of another shape: those are what people compare kernels on.
+REFERENCE_WEIGHT = 3.0
 LARGEST_FACTOR = 4.0  # from its start, for any constant
 # Candidates whose estimates are this close count as nearly tied. The loss of the first one alone is a staircase, on
 # which a gradient sees nothing; a much higher temperature rewards estimates that lie apart, not those that are right.
@@ -98,6 +101,10 @@ class Objective:
         self.filled = numpy.arange(counts.max()) < counts[:, None]
         self.times = self._table([time for problem in self.problems for time in problem.times])
         self.relative_times = self.times / self.times.min(axis=1, keepdims=True)
+        reference = {(shape.out_features, shape.in_features) for shape in REFERENCE_SHAPES}
+        self.weights = numpy.array(
+            [REFERENCE_WEIGHT if problem.sizes[1:3] in reference else 1.0 for problem in self.problems]
+        )
         self.evaluations = 0
 
     @cached_property
@@ -114,12 +121,13 @@ class Objective:
         return self.relative_times[numpy.arange(len(first)), first]
 
     def cost(self, model: Model, temperature: float = TEMPERATURE) -> float:
-        """The mean loss, smoothed over near ties, and a little of the times' logarithmic error."""
+        """The weighted mean loss, smoothed over near ties, and a little of the times' logarithmic error."""
         estimates = self.estimates(model)
         logarithms = numpy.log(estimates, out=numpy.full_like(estimates, 1e3), where=self.filled)
         weights = numpy.exp((logarithms.min(axis=1, keepdims=True) - logarithms) / temperature)
         weights /= weights.sum(axis=1, keepdims=True)
-        loss = (weights * numpy.where(self.filled, self.relative_times, 0.0)).sum(axis=1).mean() - 1
+        losses = (weights * numpy.where(self.filled, self.relative_times, 0.0)).sum(axis=1)
+        loss = numpy.average(losses, weights=self.weights) - 1
         errors = logarithms[self.filled] - numpy.log(self.times[self.filled])
         return float(loss + TIMES_WEIGHT * (errors**2).mean())
 
@@ -204,7 +212,10 @@ def fit(
     found = minimize(hardly_smoothed, best, method="Powell", bounds=bounds, options=options).x
     best = min([best, found], key=hardly_smoothed)
     fitted = {name: float(f"{value:.4g}") for name, value in model_at(best).items()}
-    return min([fitted, dict(start)], key=lambda model: float(objective.losses(model).mean()))
+    return min(
+        [fitted, dict(start)],
+        key=lambda model: float(numpy.average(objective.losses(model), weights=objective.weights)),
+    )
 
 
 def report(objective: Objective, before: Model, after: Model) -> list[str]:

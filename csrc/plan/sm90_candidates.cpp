@@ -22,10 +22,11 @@ double quantization_us(const Problem& problem, const DeviceProperties& device, c
     const auto elements = static_cast<double>(problem.num_tokens * problem.in_features);
     return (grouped ? 0.7 : 0.3) + 0.15 * elements / 4096;
   }
-  // A kernel of its own hides behind the weights that the product fetches meanwhile. Where two products would share the
-  // multiprocessors, or blocks of a small product wait for each other, it is one more in a chain.
-  if (2 * plan.grid <= device.num_sms) return grouped ? 2.0 : 1.1;
-  return plan.split * plan.scratch_split > 1 ? 1.3 : 0.8;
+  // A kernel of its own hides behind the weights that the product fetches meanwhile, unless the layer is so small that
+  // two products share the multiprocessors or that a product is split. Nothing here tells launches of one problem
+  // apart.
+  const int64_t narrowest_tiles = problem.out_features / 64;
+  return 2 * narrowest_tiles <= device.num_sms ? 1.5 : 0.8;
 }
 
 }  // namespace

@@ -8,66 +8,66 @@ namespace marlin_qqq::plan {
 // Fitted on NVIDIA H100 80GB HBM3: 1,494 problems, 16,810 candidates, mean loss 1.2%.
 struct Sm90Model {
   // int8 products of wgmma, a cycle
-  double macs_per_cycle = 3895;
+  double macs_per_cycle = 3767;
   // bytes from L2 into shared memory, a cycle
-  double feed_bytes_per_cycle = 122.3;
+  double feed_bytes_per_cycle = 76.92;
   // cycles that dequantise an output feature's 128 inputs, per-channel and with group scales
-  double channel_dequant_cycles = 2.484;
-  double group_dequant_cycles = 3.648;
+  double channel_dequant_cycles = 2.551;
+  double group_dequant_cycles = 3.624;
   // order of the norm that joins these three, per-channel and with group scales: how well the units overlap, the
   // larger, the better
-  double channel_unit_norm = 11.05;
-  double group_unit_norm = 1.599;
+  double channel_unit_norm = 12.73;
+  double group_unit_norm = 2.002;
 
   // cycles that a ring's stage takes at least, however idle the multiprocessor is
-  double channel_stage_latency = 281.7;
-  double group_stage_latency = 497.6;
+  double channel_stage_latency = 320.3;
+  double group_stage_latency = 710.4;
   // more of them where a warpgroup has two products of 64 features
-  double channel_product_latency = 88.04;
-  double group_product_latency = 635.7;
+  double channel_product_latency = 220.5;
+  double group_product_latency = 604.9;
   // the same for the rings of single warps, which take all of a tile's features
   double warp_channel_stage_latency = 558.2;
-  double warp_group_stage_latency = 1251;
+  double warp_group_stage_latency = 1409;
   // what dequantisation costs such warps, against others
-  double warp_dequant_fraction = 0.8202;
+  double warp_dequant_fraction = 0.8261;
   // and more cycles a stage for every token and 64 features of the tile
-  double stage_latency_per_token = 0.01084;
+  double stage_latency_per_token = 0.01003;
   // cycles from a stage's request to its arrival: a ring has all its stages on their way at most
-  double memory_latency = 2259;
+  double memory_latency = 2570;
   // order of the norm that joins the stages' latency with the units' work
-  double latency_norm = 3.774;
+  double latency_norm = 6.364;
 
   // cycles of a launch: first bytes to arrive, barriers, the last store
-  double launch_cycles = 57.88;
+  double launch_cycles = 55.96;
   // cycles of it that are hidden where the next launch's blocks find multiprocessors of their own
-  double neighbour_cycles = 2103;
+  double neighbour_cycles = 1946;
   // more cycles that reduce a cluster of two blocks, and for every further block
-  double cluster_reduction_cycles = 1580;
-  double cluster_reduction_per_block = 557.9;
+  double cluster_reduction_cycles = 2104;
+  double cluster_reduction_per_block = 756.6;
   // bytes of sums that a block sends to the others of its cluster, a cycle
-  double exchange_bytes_per_cycle = 23.72;
+  double exchange_bytes_per_cycle = 33.89;
   // the same of blocks whose rings have sums of their own
-  double depth_cluster_cycles = 1604;
-  double depth_cluster_per_block = 97.27;
-  double depth_exchange_bytes_per_cycle = 16.97;
+  double depth_cluster_cycles = 2167;
+  double depth_cluster_per_block = 188.6;
+  double depth_exchange_bytes_per_cycle = 44.3;
   // bytes of partial sums read, a cycle
-  double reduction_bytes_per_cycle = 40.82;
+  double reduction_bytes_per_cycle = 37.08;
   // outputs of the last tile that are stored, a cycle
-  double epilogue_outputs_per_cycle = 578;
+  double epilogue_outputs_per_cycle = 441.9;
   // cycles between a block's tiles, or around its only one; the same where its rings' sums are added
-  double wave_cycles = 6140;
-  double depth_wave_cycles = 5417;
+  double wave_cycles = 5125;
+  double depth_wave_cycles = 4973;
   // microseconds of the second, dependent launch that adds the sums in scratch
-  double reduction_kernel_us = 1.731;
+  double reduction_kernel_us = 1.994;
   // bytes of such sums written and read in L2 by the whole GPU, a microsecond
-  double scratch_bytes_per_us = 4.566e6;
+  double scratch_bytes_per_us = 5.248e6;
   // part of its time that a block waits for each neighbour it shares activations with
-  double multicast_penalty = 0.04294;
+  double multicast_penalty = 0.07979;
 
   // part of the memory bus's rate that a product reaches
-  double bandwidth_fraction = 1.055;
+  double bandwidth_fraction = 1.397;
   // order of the norm that joins the bytes' time with the multiprocessors'
-  double bandwidth_norm = 2.249;
+  double bandwidth_norm = 1.651;
 };
 
 inline constexpr Sm90Model kSm90Model{};
