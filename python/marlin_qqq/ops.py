@@ -201,8 +201,9 @@ def marlin_qqq_linear(
     """:func:`quantize_per_token`, then :func:`marlin_qqq_gemm`: what a linear layer does, in one call.
 
     The result is that of the two ops, to the bit. On a GPU one call costs the host less than two; and for few tokens
-    (about eight at ``in_features`` 4096) Hopper kernels quantise the activations themselves, which saves the launch
-    and the hand-over between two kernels. The planner decides: ``marlin_qqq.plan(..., quantizes=True)``.
+    (up to 16,384 values, four tokens of 4,096 features) a Hopper kernel may quantise the activations itself, which
+    saves the launch and the hand-over between two kernels. The planner decides:
+    ``marlin_qqq.plan(..., quantizes=True)``.
 
     Args:
         x: fp16, bf16 or fp32 ``[..., in_features]``, at least 1-D; ``in_features`` a multiple of 128 and below 132104.

@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 
-from marlin_qqq import marlin_qqq_gemm, quantize_per_token
+from marlin_qqq import marlin_qqq_gemm, marlin_qqq_linear, quantize_per_token
 
 pytestmark = pytest.mark.gpu
 
@@ -64,14 +64,19 @@ def test_random_problems_on_two_streams():
             layer = rng.choice(layers)
             num_tokens = rng.choice((rng.randint(1, 16), rng.randint(1, 300), rng.randint(1, 1100)))
             out_dtype = rng.choice((torch.float16, torch.bfloat16))
-            with_bias, constant = rng.random() < 0.5, rng.random() < 0.5
+            with_bias, constant, linear = rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.4
             with torch.cuda.stream(streams[number % 2]):
-                a, s_tok = random_activations(num_tokens, layer.in_features)
                 bias = torch.randn(layer.out_features, device="cuda").to(out_dtype) if with_bias else None
-                got = layer.run(a, s_tok, bias, out_dtype, constant_weights=constant)
+                if linear:
+                    x = torch.randn(num_tokens, layer.in_features, device="cuda").to(out_dtype)
+                    got = marlin_qqq_linear(x, *layer.stored, bias=bias, constant_weights=constant)
+                    a, s_tok = quantize_per_token(x)
+                else:
+                    a, s_tok = random_activations(num_tokens, layer.in_features)
+                    got = layer.run(a, s_tok, bias, out_dtype, constant_weights=constant)
                 different = (got != layer.expected(a, s_tok, bias, out_dtype)).any()
             what = (layer.out_features, layer.in_features, layer.stored[2].numel() > 0, num_tokens, out_dtype)
-            differences.append((different, (*what, with_bias, constant)))
+            differences.append((different, (*what, with_bias, constant, linear)))
         torch.cuda.synchronize()
         wrong += [what for different, what in differences if different.item()]
     assert not wrong, f"{len(wrong)} of {PROBLEMS} wrong: {wrong[:10]}"
