@@ -18,7 +18,7 @@ export MAX_JOBS
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 # What depends on torch's binary interface: these run on every torch with the same libraries.
-ABI_TESTS := tests/python/test_ops.py tests/python/test_ops_arguments.py tests/python/test_ops_torch.py
+ABI_TESTS := $(addprefix tests/python/test_,ops.py ops_arguments.py ops_linear.py ops_torch.py)
 
 .PHONY: help demo test test-cpp test-python test-gpu test-sanitizer test-abi test-vllm lint ptxas build format wheel clean
 
@@ -69,7 +69,8 @@ SANITIZER ?= compute-sanitizer
 test-sanitizer: build
 	for tool in memcheck racecheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
-	    $(PY) -m pytest -m gpu tests/python/test_ops.py -k "output_type_and_bias or special_rows or strided" || exit 1; \
+	    $(PY) -m pytest -m gpu tests/python/test_ops.py tests/python/test_ops_linear.py \
+	    -k "output_type_and_bias or special_rows or strided or lie_apart" || exit 1; \
 	done
 
 test-abi: build $(VENV_NEWEST)/.ready
