@@ -120,6 +120,10 @@ class Objective:
         first = self.estimates(model).argmin(axis=1)
         return self.relative_times[numpy.arange(len(first)), first]
 
+    def weighted_mean(self, values: numpy.ndarray) -> float:
+        """Over the problems, by what each weighs."""
+        return float(numpy.average(values, weights=self.weights))
+
     def cost(self, model: Model, temperature: float = TEMPERATURE) -> float:
         """The weighted mean loss, smoothed over near ties, and a little of the times' logarithmic error."""
         estimates = self.estimates(model)
@@ -127,7 +131,7 @@ class Objective:
         weights = numpy.exp((logarithms.min(axis=1, keepdims=True) - logarithms) / temperature)
         weights /= weights.sum(axis=1, keepdims=True)
         losses = (weights * numpy.where(self.filled, self.relative_times, 0.0)).sum(axis=1)
-        loss = numpy.average(losses, weights=self.weights) - 1
+        loss = self.weighted_mean(losses) - 1
         errors = logarithms[self.filled] - numpy.log(self.times[self.filled])
         return float(loss + TIMES_WEIGHT * (errors**2).mean())
 
@@ -212,10 +216,7 @@ def fit(
     found = minimize(hardly_smoothed, best, method="Powell", bounds=bounds, options=options).x
     best = min([best, found], key=hardly_smoothed)
     fitted = {name: float(f"{value:.4g}") for name, value in model_at(best).items()}
-    return min(
-        [fitted, dict(start)],
-        key=lambda model: float(numpy.average(objective.losses(model), weights=objective.weights)),
-    )
+    return min([fitted, dict(start)], key=lambda model: objective.weighted_mean(objective.losses(model)))
 
 
 def report(objective: Objective, before: Model, after: Model) -> list[str]:

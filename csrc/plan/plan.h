@@ -18,6 +18,8 @@ struct Problem {
   // Whether the activations arrive as rows of fp16 or bf16, 16-byte aligned, and the launch includes their
   // quantisation: in a kernel of its own, or in the product's where that is faster (Plan::quantizes).
   bool quantizes = false;
+
+  bool operator==(const Problem&) const = default;
 };
 
 // What the planner needs to know of a GPU (cudaDeviceProp's fields, in our words).

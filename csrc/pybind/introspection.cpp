@@ -53,7 +53,8 @@ std::string to_string(const plan::TileDescription& tile) {
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument("plan: " + message); }
 
-plan::Problem checked_problem(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size) {
+plan::Problem checked_problem(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
+                              bool quantizes = false) {
   if (num_tokens < 0) refuse("num_tokens must be 0 or more, got " + std::to_string(num_tokens));
   if (out_features <= 0 || out_features % format::kOutFeaturesMultiple != 0) {
     refuse("out_features must be a positive multiple of 64, got " + std::to_string(out_features));
@@ -65,7 +66,7 @@ plan::Problem checked_problem(int64_t num_tokens, int64_t out_features, int64_t 
   if (group_size != format::kGroupSize && group_size != -1) {
     refuse("group_size must be 128 or -1 (per-channel), got " + std::to_string(group_size));
   }
-  return {num_tokens, out_features, in_features, group_size};
+  return {num_tokens, out_features, in_features, group_size, quantizes};
 }
 
 plan::Family family_of(const std::string& name) {
@@ -79,16 +80,14 @@ plan::Family family_of(const std::string& name) {
 plan::Plan make_plan(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
                      const std::string& device, const std::string& tile, int split, const std::string& family,
                      bool quantizes) {
-  plan::Problem problem = checked_problem(num_tokens, out_features, in_features, group_size);
-  problem.quantizes = quantizes;
-  return plan::make_plan(problem, plan::reference_device(device), tile, split, family_of(family));
+  return plan::make_plan(checked_problem(num_tokens, out_features, in_features, group_size, quantizes),
+                         plan::reference_device(device), tile, split, family_of(family));
 }
 
 std::vector<plan::Plan> candidates(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
                                    const std::string& device, const std::string& family, bool quantizes) {
-  plan::Problem problem = checked_problem(num_tokens, out_features, in_features, group_size);
-  problem.quantizes = quantizes;
-  return plan::candidates(problem, plan::reference_device(device), family_of(family));
+  return plan::candidates(checked_problem(num_tokens, out_features, in_features, group_size, quantizes),
+                          plan::reference_device(device), family_of(family));
 }
 
 std::map<std::string, double> sm90_model() {

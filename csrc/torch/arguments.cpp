@@ -248,10 +248,16 @@ Tensor empty_rows(const Tensor& x, int64_t last_size, int32_t dtype) {
 
 }  // namespace
 
-QuantizeCall check_quantize_per_token(const Tensor& x) {
-  const TokenRows rows = token_rows(kQuantize, x);
-  const DtypeCodes& dtypes = dtype_codes();
-  return {rows, empty_rows(x, rows.in_features, dtypes.int8), empty_rows(x, 1, dtypes.float32)};
+QuantizeCall::QuantizeCall(const TokenRows& rows)
+    : rows(rows),
+      quantized(empty_rows(rows.x, rows.in_features, dtype_codes().int8)),
+      token_scale(empty_rows(rows.x, 1, dtype_codes().float32)) {}
+
+QuantizeCall check_quantize_per_token(const Tensor& x) { return QuantizeCall(token_rows(kQuantize, x)); }
+
+void GemmCall::set_activations(const QuantizeCall& call) {
+  activations = static_cast<const int8_t*>(call.quantized.const_data_ptr());
+  token_scale = static_cast<const float*>(call.token_scale.const_data_ptr());
 }
 
 Tensor LinearCall::empty_output() const { return empty_rows(rows.x, gemm.out_features, gemm.output_dtype()); }

@@ -29,6 +29,9 @@ struct GemmCall {
 
   int32_t output_dtype() const;  // torch's code
   Tensor empty_output() const;
+
+  // Activations and their scales, from a quantisation on the same stream; `call` keeps them alive.
+  void set_activations(const struct QuantizeCall& call);
 };
 
 // The arguments of marlin_qqq_gemm. `alignment`: bytes that every pointer but s_tok's must be a multiple of (1: any).
@@ -46,8 +49,10 @@ struct TokenRows {
   int32_t dtype;       // float16, bfloat16 or float32
 };
 
-// A call of quantize_per_token that has passed the checks, with its outputs.
+// A quantisation of rows that have passed the checks, with its outputs.
 struct QuantizeCall {
+  explicit QuantizeCall(const TokenRows& rows);
+
   TokenRows rows;
   Tensor quantized;    // int8, x's shape
   Tensor token_scale;  // fp32, x's shape with 1 as its last size

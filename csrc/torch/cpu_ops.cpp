@@ -36,15 +36,16 @@ void multiply(const GemmCall& call, const Tensor& output) {
             call.out_features, call.in_features, num_threads());
 }
 
-void quantize(const TokenRows& rows, const Tensor& quantized, const Tensor& token_scale) {
+void quantize(const QuantizeCall& call) {
+  const TokenRows& rows = call.rows;
   if (rows.num_tokens == 0) return;
   const DtypeCodes& dtypes = dtype_codes();
   const format::InputType input_type = rows.dtype == dtypes.float16    ? format::InputType::kFloat16
                                        : rows.dtype == dtypes.bfloat16 ? format::InputType::kBFloat16
                                                                        : format::InputType::kFloat32;
   cpu::quantize_per_token(rows.x.const_data_ptr(), input_type, rows.num_tokens, rows.in_features, rows.row_stride,
-                          static_cast<int8_t*>(quantized.mutable_data_ptr()),
-                          static_cast<float*>(token_scale.mutable_data_ptr()), num_threads());
+                          static_cast<int8_t*>(call.quantized.mutable_data_ptr()),
+                          static_cast<float*>(call.token_scale.mutable_data_ptr()), num_threads());
 }
 
 Tensor marlin_qqq_gemm_cpu(const Tensor& a, const Tensor& b_q_weight, const Tensor& s_tok, const Tensor& s_ch,
@@ -60,7 +61,7 @@ Tensor marlin_qqq_gemm_cpu(const Tensor& a, const Tensor& b_q_weight, const Tens
 
 std::tuple<Tensor, Tensor> quantize_per_token_cpu(const Tensor& x) {
   const QuantizeCall call = check_quantize_per_token(x);
-  quantize(call.rows, call.quantized, call.token_scale);
+  quantize(call);
   return {call.quantized, call.token_scale};
 }
 
@@ -69,10 +70,9 @@ Tensor marlin_qqq_linear_cpu(const Tensor& x, const Tensor& b_q_weight, const Te
                              bool /*constant_weights*/) {
   LinearCall call = check_linear(x, b_q_weight, s_ch, s_group, bias, out_dtype, 1);
   const Tensor output = call.empty_output();
-  const QuantizeCall activations = check_quantize_per_token(call.rows.x);
-  quantize(activations.rows, activations.quantized, activations.token_scale);
-  call.gemm.activations = static_cast<const int8_t*>(activations.quantized.const_data_ptr());
-  call.gemm.token_scale = static_cast<const float*>(activations.token_scale.const_data_ptr());
+  const QuantizeCall activations(call.rows);
+  quantize(activations);
+  call.gemm.set_activations(activations);
   multiply(call.gemm, output);
   return output;
 }

@@ -106,9 +106,7 @@ class PlanCache {
             static_cast<uint64_t>(2 * (problem.group_size + 2) + problem.quantizes) * 0x27D4EB2F165667C5u +
             static_cast<uint64_t>(device_index));
     Entry& entry = entries_[hash % entries_.size()];
-    if (entry.device_index != device_index || entry.problem.num_tokens != problem.num_tokens ||
-        entry.problem.out_features != problem.out_features || entry.problem.in_features != problem.in_features ||
-        entry.problem.group_size != problem.group_size || entry.problem.quantizes != problem.quantizes) {
+    if (entry.device_index != device_index || entry.problem != problem) {
       entry.device_index = -1;  // should planning throw
       entry.plan = plan::make_plan(problem, device_properties());
       entry.problem = problem;
@@ -235,10 +233,9 @@ Tensor marlin_qqq_linear_cuda(const Tensor& x, const Tensor& b_q_weight, const T
     product.launch(rows, output, constant_weights, stream);
     return output;
   }
-  const QuantizeCall activations = check_quantize_per_token(call.rows.x);
+  const QuantizeCall activations(call.rows);
   quantize(op, activations, stream);
-  gemm.activations = static_cast<const int8_t*>(activations.quantized.const_data_ptr());
-  gemm.token_scale = static_cast<const float*>(activations.token_scale.const_data_ptr());
+  gemm.set_activations(activations);
   product.launch({}, output, constant_weights, stream);
   return output;
 }

@@ -289,7 +289,9 @@ TEST(Sm90Tile, TheRowsThatAreLoadedHoldTheTokensAndStayInTheTile) {
         const int rows = tile.activation_rows(num_tokens, multicast);
         EXPECT_GE(rows * multicast, std::min<int64_t>(num_tokens, tile.tokens)) << tile.name << ' ' << num_tokens;
         EXPECT_LE(rows * multicast, tile.tokens) << tile.name << ' ' << num_tokens;
-        if (multicast > 1) EXPECT_EQ(rows % 8, 0) << tile.name << ' ' << num_tokens;
+        if (multicast > 1) {
+          EXPECT_EQ(rows % 8, 0) << tile.name << ' ' << num_tokens;
+        }
       }
       EXPECT_EQ(tile.activation_rows(1, 1), 1);
       EXPECT_EQ(tile.activation_rows(1 << 20, multicast) * multicast, tile.tokens);
@@ -312,7 +314,9 @@ TEST(Sm90Candidates, BlocksThatExchangeSumsHaveRoomAndBarriersForThem) {
       const int received = (candidate.split - 1) * block_chunks * chunk * tile.features() * 4;
       const int own = tile.depth_split() ? tile.partial_bytes() : 0;
       EXPECT_LE(own + received, tile.pipeline_bytes()) << candidate.tile_name << ' ' << candidate.split;
-      if (!tile.depth_split()) EXPECT_LE(block_chunks, tile.exchange_barriers()) << candidate.tile_name;
+      if (!tile.depth_split()) {
+        EXPECT_LE(block_chunks, tile.exchange_barriers()) << candidate.tile_name;
+      }
       EXPECT_LE(candidate.split * candidate.multicast, plan::kLargestClusterSplit);
     }
   }

@@ -137,14 +137,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
       if (tile.stage_begin < tile.stage_end) {
         StageRefill<C> refill{p, ring, tile, tile.stage_begin + C::kStages, fills};
         if constexpr (C::kWarpRings) {
-          if constexpr (C::kQuantizes) {
-            const QuantizedTokens<C> quantized(p, shared);
-            const auto rows = [&](int block, int) { return quantized.row(block - whole.stage_begin, 0); };
-            consume_in_warp<C>(ring, position, tile, lane, rows, p.num_tokens - 1, refill, sums);
-          } else {
-            const auto rows = [&](int, int stage) { return ring.activations(stage); };
-            consume_in_warp<C>(ring, position, tile, lane, rows, C::kTokens - 1, refill, sums);
-          }
+          const QuantizedTokens<C> quantized(p, shared);
+          const auto rows = [&](int block, int stage) {
+            if constexpr (C::kQuantizes) return quantized.row(block - whole.stage_begin, 0);
+            return ring.activations(stage);
+          };
+          const int last_token = C::kQuantizes ? p.num_tokens - 1 : C::kTokens - 1;
+          consume_in_warp<C>(ring, position, tile, lane, rows, last_token, refill, sums);
         } else {
           consume<C>(ring, position, tile, WeightReader<C>(warpgroup, warp % 4, lane), refill, sums);
         }

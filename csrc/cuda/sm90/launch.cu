@@ -15,34 +15,28 @@
 namespace marlin_qqq::cuda::sm90 {
 namespace {
 
-template <int... kTileIndices>
-std::array<std::array<Kernel, 2>, sizeof...(kTileIndices)> make_kernels(std::integer_sequence<int, kTileIndices...>) {
-  return {{{kernel_of<kTileIndices, false>(), kernel_of<kTileIndices, true>()}...}};
-}
-
+// Of one tile: per-channel, with group scales, and the same two that quantise their activations, if there are any.
 template <int kTileIndex>
-Kernel quantizing_kernel(bool grouped) {
+std::array<Kernel, 4> kernels_of() {
+  std::array<Kernel, 4> kernels = {kernel_of<kTileIndex, false>(), kernel_of<kTileIndex, true>()};
   if constexpr (plan::kSm90Tiles[kTileIndex].can_quantize()) {
-    return grouped ? quantizing_kernel_of<kTileIndex, true>() : quantizing_kernel_of<kTileIndex, false>();
-  } else {
-    return nullptr;
+    kernels[2] = quantizing_kernel_of<kTileIndex, false>();
+    kernels[3] = quantizing_kernel_of<kTileIndex, true>();
   }
+  return kernels;
 }
 
 template <int... kTileIndices>
-Kernel quantizing_kernel(int tile, bool grouped, std::integer_sequence<int, kTileIndices...>) {
-  Kernel kernel = nullptr;
-  ((kernel = tile == kTileIndices ? quantizing_kernel<kTileIndices>(grouped) : kernel), ...);
-  return kernel;
+std::array<std::array<Kernel, 4>, sizeof...(kTileIndices)> make_kernels(std::integer_sequence<int, kTileIndices...>) {
+  return {kernels_of<kTileIndices>()...};
 }
 
 Kernel kernel_for(int tile, bool grouped, bool quantizes = false) {
-  using Indices = std::make_integer_sequence<int, plan::kSm90TileCount>;
-  static const auto kernels = make_kernels(Indices());
-  return quantizes ? quantizing_kernel(tile, grouped, Indices()) : kernels[tile][grouped];
+  static const auto kernels = make_kernels(std::make_integer_sequence<int, plan::kSm90TileCount>());
+  return kernels[tile][2 * quantizes + grouped];
 }
 
-cudaError_t allow_shared_memory_of(int tile, bool grouped, bool quantizes) {
+cudaError_t allow_shared_memory_of(int tile, bool grouped, bool quantizes = false) {
   static std::atomic<uint64_t> done[plan::kSm90TileCount][2][2];
   return allow_shared_memory(done[tile][grouped][quantizes],
                              reinterpret_cast<const void*>(kernel_for(tile, grouped, quantizes)),
@@ -114,7 +108,7 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   if (error == cudaSuccess) error = allow_shared_memory_of(plan.tile, grouped, plan.quantizes);
   if (error != cudaSuccess) return error;
 
-  p.token_scale = arguments.token_scale;
+  p.token_scale = plan.quantizes ? p.found_token_scale : arguments.token_scale;
   p.channel_scale = arguments.channel_scale;
   p.bias = arguments.bias;
   p.output_pointer = arguments.output;
@@ -139,8 +133,7 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
                            plan.shared_memory_bytes, plan.split * plan.multicast, stream, p);
   if (error != cudaSuccess || plan.scratch_split == 1) return error;
 
-  const float* token_scale = plan.quantizes ? p.found_token_scale : p.token_scale;
-  const Reduction reduction = {p.scratch,        token_scale,          p.channel_scale,    p.bias,
+  const Reduction reduction = {p.scratch,        p.token_scale,        p.channel_scale,    p.bias,
                                p.output_pointer, p.output_is_bfloat16, plan.scratch_split, p.num_tokens,
                                p.out_features};
   const int64_t vectors = problem.num_tokens * problem.out_features / 4;
@@ -150,7 +143,7 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
 
 int max_active_clusters(int cluster_size) {
   constexpr int kTile = plan::sm90_tile_index("deep256");
-  if (allow_shared_memory_of(kTile, true, false) != cudaSuccess) return 0;
+  if (allow_shared_memory_of(kTile, true) != cudaSuccess) return 0;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = cluster_size;

@@ -223,7 +223,6 @@ class QQQLinearMethod(LinearMethodBase):
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         in_features, out_features = layer.B.shape[0] * TILE_IN_FEATURES, layer.B.shape[1] // 2
         real_columns = getattr(layer, "real_columns", None)
-        output_dtype = x.dtype
         if x.shape[-1] != in_features:
             x = torch.nn.functional.pad(x, (0, in_features - x.shape[-1]))  # zeros change no token's scale
         if bias is not None and real_columns is not None:
@@ -231,7 +230,7 @@ class QQQLinearMethod(LinearMethodBase):
         # constant_weights: vLLM writes weights only between steps (loading, reloading, waking up), and every step has
         # ordinary kernels, each of which waits for all work ahead of it, before its first matrix product.
         output = marlin_qqq_linear(
-            x, layer.B, layer.s_channel, layer.s_group, bias=bias, out_dtype=output_dtype, constant_weights=True
+            x, layer.B, layer.s_channel, layer.s_group, bias=bias, out_dtype=x.dtype, constant_weights=True
         )
         return output if real_columns is None else output.index_select(-1, real_columns)
 
