@@ -89,9 +89,10 @@ lint: build ptxas
 	$(VENV)/bin/mypy
 	$(CPP_SOURCES) | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
-# Spills and warnings in what ptxas said; nothing to do in a CPU build.
+# Spills and warnings in what ptxas said, and what it does not say; nothing to do in a CPU build.
 ptxas: build
 	$(PY) scripts/check_ptxas.py $(BUILD)
+	$(PY) scripts/check_sass.py $(BUILD)
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix .

@@ -56,6 +56,9 @@ struct Plan {
   int shared_memory_bytes = 0;  // dynamic shared memory a block
   int64_t scratch_bytes = 0;    // device scratch the launch needs, uninitialised, 256-byte aligned
   double estimated_us = 0.0;    // the cost model's time; only differences between candidates mean anything
+
+  // Whether another launch finds multiprocessors of its own beside this one (sm90).
+  bool leaves_room() const { return 4 * grid < 3 * resident_blocks; }
 };
 
 struct TileDescription {

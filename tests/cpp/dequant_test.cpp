@@ -53,7 +53,7 @@ TEST(Dequantize, PerGroupEveryCodeInEveryNibbleAndEveryScale) {
     if (!(std::fabs(scale[0]) <= kLargestProduct)) {
       continue;
     }
-    const dequant::GroupScales scales = dequant::spread_group_scales(high << 16 | low);
+    const dequant::GroupScales scales = dequant::group_scales(high << 16 | low);
     for (int v = 0; v < 16; ++v) {
       const uint32_t word = test_word(v);
       const dequant::Columns columns = dequant::dequantize_per_group(word, scales);

@@ -38,6 +38,19 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+// Whether the phase of this parity has completed. If it has, what follows is ordered as after barrier_wait.
+__device__ __forceinline__ bool barrier_completed(uint32_t barrier, uint32_t parity) {
+  uint32_t completed;
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n}\n"
+      : "=r"(completed)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return completed != 0;
+}
+
 // Synchronises `threads` threads of the block on barrier number `id` (0 is __syncthreads).
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

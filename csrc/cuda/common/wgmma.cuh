@@ -31,7 +31,7 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   constexpr uint64_t kStride = uint64_t{1024 >> 4} << 32;
   constexpr uint64_t kLeading = uint64_t{1} << 16;
-  return kSwizzle128 | kStride | kLeading | ((address & 0x3ffff) >> 4);
+  return kSwizzle128 | kStride | kLeading | (address >> 4);
 }
 constexpr uint64_t kDescriptorStep32 = 32 >> 4;
 

@@ -1,4 +1,4 @@
-// The four instructions that dequantisation is made of, on 32-bit registers. On the GPU each is one instruction; on the
+// The instructions that dequantisation is made of, on 32-bit registers. On the GPU each is one instruction; on the
 // host each is emulated exactly, so that tests run the same dequantisation code over every input.
 #pragma once
 
@@ -68,6 +68,49 @@ MARLIN_QQQ_DEVICE_FUNCTION uint32_t half2_add(uint32_t a, uint32_t b) {
   return result;
 #else
   return emulated::half2_fma(a, 0x3c003c00, b);
+#endif
+}
+
+// a - b on two fp16 lanes. PTX ISA sub.rn.f16x2.
+MARLIN_QQQ_DEVICE_FUNCTION uint32_t half2_subtract(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint32_t result;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+#else
+  return emulated::half2_fma(b, 0xbc00bc00, a);
+#endif
+}
+
+// a * b on two fp16 lanes. PTX ISA mul.rn.f16x2.
+MARLIN_QQQ_DEVICE_FUNCTION uint32_t half2_multiply(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint32_t result;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+#else
+  return emulated::half2_fma(a, b, 0x80008000);
+#endif
+}
+
+// The low, or the high, half of a register in both. As moves, not as a byte permutation: fp16 arithmetic picks the
+// halves of an operand itself, so this costs neither an instruction nor a register.
+MARLIN_QQQ_DEVICE_FUNCTION uint32_t low_halves(uint32_t pair) {
+#if defined(__CUDA_ARCH__)
+  uint32_t result;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\nmov.b32 %0, {low, low};\n}" : "=r"(result) : "r"(pair));
+  return result;
+#else
+  return (pair & 0xffff) | pair << 16;
+#endif
+}
+MARLIN_QQQ_DEVICE_FUNCTION uint32_t high_halves(uint32_t pair) {
+#if defined(__CUDA_ARCH__)
+  uint32_t result;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\nmov.b32 %0, {high, high};\n}" : "=r"(result) : "r"(pair));
+  return result;
+#else
+  return pair >> 16 | (pair & 0xffff0000u);
 #endif
 }
 

@@ -109,10 +109,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
   int left = p.work.units - position.unit;
 #pragma unroll 1
   while (true) {
-    uint32_t scales[C::kChunks];
+    Scales<C> scales;
     if constexpr (C::kGrouped) {
 #pragma unroll
-      for (int j = 0; j < C::kChunks; ++j) scales[j] = next_scales[j];
+      for (int j = 0; j < C::kChunks; ++j) scales[j] = dequant::group_scales(next_scales[j]);
     }
     static_assert(C::kSteps % 2 == 0, "the operands' two buffers change places with every step");
 #pragma unroll

@@ -34,6 +34,10 @@ struct Operands {
   uint32_t tokens[(C::kTokenBlocks + 1) / 2][4];
 };
 
+// The group scales of a stage.
+template <class C>
+using Scales = dequant::GroupScales[C::kChunks];
+
 // Where a lane finds its operands in a stage. Steps differ in bits of the activation's address that nothing else sets.
 template <class C>
 class Reader {
@@ -74,22 +78,8 @@ class Reader {
   }
 };
 
-// A pair of neighbouring scales, each in both fp16 lanes. As moves, not as a byte permutation: HFMA2 picks the halves
-// of its operands itself, so this costs neither instructions nor registers.
-__device__ __forceinline__ dequant::GroupScales spread_scales(uint32_t pair) {
-  dequant::GroupScales scales;
-  asm("{\n.reg .b16 low, high;\n"
-      "mov.b32 {low, high}, %2;\n"
-      "mov.b32 %0, {low, low};\n"
-      "mov.b32 %1, {high, high};\n}"
-      : "=r"(scales.column0), "=r"(scales.column8)
-      : "r"(pair));
-  return scales;
-}
-
 template <class C>
-__device__ __forceinline__ void multiply(const Operands<C>& operands, const uint32_t (&scale_pairs)[C::kChunks],
-                                         Sums<C>& sums) {
+__device__ __forceinline__ void multiply(const Operands<C>& operands, const Scales<C>& scales, Sums<C>& sums) {
 #pragma unroll
   for (int j = 0; j < C::kChunks; ++j) {
     uint32_t a[4];
@@ -97,7 +87,7 @@ __device__ __forceinline__ void multiply(const Operands<C>& operands, const uint
     for (int half = 0; half < 2; ++half) {
       dequant::Columns columns;
       if constexpr (C::kGrouped) {
-        columns = dequant::dequantize_per_group(operands.words[half][j], spread_scales(scale_pairs[j]));
+        columns = dequant::dequantize_per_group(operands.words[half][j], scales[j]);
       } else {
         columns = dequant::dequantize_per_channel(operands.words[half][j]);
       }

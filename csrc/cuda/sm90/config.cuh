@@ -10,13 +10,22 @@
 
 namespace marlin_qqq::cuda::sm90 {
 
-// A row of plan::kSm90Tiles, whether the weights have group scales, and whether the activations arrive as fp16 or bf16,
-// which the kernel quantises itself.
-template <int kTileIndex, bool kWithGroupScales, bool kQuantizesTokens = false>
+// What a kernel does besides multiplying.
+enum class Variant {
+  kPlain,
+  // Dequantises its first stages while it waits for the kernel before it. That takes all registers of a multiprocessor:
+  // no block of another kernel, such as a quantisation, fits beside it.
+  kAhead,
+  // Gets its activations as fp16 or bf16 and quantises them itself.
+  kQuantizing,
+};
+
+// A row of plan::kSm90Tiles, whether the weights have group scales, and the variant.
+template <int kTileIndex, bool kWithGroupScales, Variant kVariant = Variant::kPlain>
 struct Config {
   static constexpr plan::Sm90Tile kTile = plan::kSm90Tiles[kTileIndex];
   static constexpr bool kGrouped = kWithGroupScales;
-  static constexpr bool kQuantizes = kQuantizesTokens;
+  static constexpr bool kQuantizes = kVariant == Variant::kQuantizing;
   static constexpr bool kDepthSplit = kTile.depth_split();
   static constexpr bool kWarpRings = kTile.warp_rings();
 
@@ -31,6 +40,8 @@ struct Config {
   static constexpr int kConsumerThreads = 128 * kTile.warpgroups;
   static constexpr int kThreads = kTile.threads();
   static constexpr int kBlocksPerSm = kTile.blocks_per_sm;
+  // Stages that are dequantised before the wait. Per-channel it is too little work to be worth it.
+  static constexpr int kStagesAhead = kGrouped && kWarpRings && kVariant != Variant::kPlain ? 2 : 0;
 
   static constexpr int kStoreTokens = kTile.store_tokens();  // rows of an output staging chunk
   static constexpr int kChunks = kTokens / kStoreTokens;
@@ -99,6 +110,7 @@ struct Parameters {
   int early_blocks;
   int early_stages;
   bool early_into_ring;
+  bool dequantizes_early;  // the first of those (Config::kStagesAhead), too, before the wait
 
   int activation_rows;   // tokens of a stage that a block loads, and bytes of those that the cluster's blocks load for
   int activation_bytes;  // each other: no more than the tokens there are

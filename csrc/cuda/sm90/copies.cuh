@@ -4,6 +4,7 @@
 
 #include "cuda/common/barrier.cuh"
 #include "cuda/common/dependent_launch.cuh"
+#include "cuda/common/elect.cuh"
 #include "cuda/common/tma.cuh"
 #include "cuda/sm90/config.cuh"
 
@@ -41,6 +42,9 @@ struct Ring {
   }
   __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 8 * stage; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return full(stage) + 8 * C::kStages; }
+  // Nobody else fills the rings of a block that shares its inputs out: there the second barrier of a stage tells when
+  // weights that are dequantised early have arrived, of whose activations nothing is known yet.
+  __device__ __forceinline__ uint32_t early_weights(int stage) const { return empty(stage); }
 };
 
 // The part of the product that one block works on.
@@ -73,21 +77,28 @@ __device__ __forceinline__ WorkTile work_tile(const Parameters& p, int work, int
           whole ? p.stage_count : p.stage_count * (slice + 1) / slices, scratch_rank};
 }
 
+// Weights and group scales of a stage, whose bytes complete on `barrier`.
 template <class C>
-__device__ __forceinline__ void load_weights(const Parameters& p, const Ring<C>& ring, int stage, const WorkTile& tile,
-                                             int block) {
+__device__ __forceinline__ void copy_weights(const Parameters& p, const Ring<C>& ring, int stage, const WorkTile& tile,
+                                             int block, uint32_t barrier) {
   const uint64_t hint = p.token_tiles == 1 ? kEvictFirst : kEvictNormal;  // read once, or once a token tile
-  const uint32_t full = ring.full(stage);
-  barrier_arrive_expect(full, p.activation_bytes + C::kWeightBytes + C::kScaleBytes);
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
-    tma_load(&p.weights, ring.weights(stage) + panel * (C::kWeightBytes / C::kPanels), full,
+    tma_load(&p.weights, ring.weights(stage) + panel * (C::kWeightBytes / C::kPanels), barrier,
              2 * (tile.feature + C::kPanelFeatures * panel), 8 * block, hint);
     if constexpr (C::kGrouped) {
-      tma_load(&p.group_scales, ring.scales(stage) + panel * (C::kScaleBytes / C::kPanels), full,
+      tma_load(&p.group_scales, ring.scales(stage) + panel * (C::kScaleBytes / C::kPanels), barrier,
                tile.feature + C::kPanelFeatures * panel, block, hint);
     }
   }
+}
+
+// The same for a stage whose activations follow: its barrier waits for both.
+template <class C>
+__device__ __forceinline__ void load_weights(const Parameters& p, const Ring<C>& ring, int stage, const WorkTile& tile,
+                                             int block) {
+  barrier_arrive_expect(ring.full(stage), p.activation_bytes + C::kWeightBytes + C::kScaleBytes);
+  copy_weights<C>(p, ring, stage, tile, block, ring.full(stage));
 }
 
 // How a block shares the loading of activations with its neighbours in the cluster.
@@ -124,34 +135,48 @@ __device__ __forceinline__ void prefetch_weights(const Parameters& p, const Work
   }
 }
 
-// The first fill of a ring, in one thread: a part before the kernel before this one has ended, the rest after. Weights
-// that the caller promised to be constant do not depend on that kernel; everything else has to wait for it. Without the
-// promise weights may at least be brought to L2 meanwhile: whoever writes them writes them there.
+// The first fill of a ring, in one elected thread: a part before the kernel before this one has ended, the rest after.
+// Weights that the caller promised to be constant do not depend on that kernel; everything else has to wait for it.
+// Without the promise weights may at least be brought to L2 meanwhile: whoever writes them writes them there.
 template <class C>
 struct RingFill {
   const Parameters& p;
   const Ring<C>& ring;
   const WorkTile& tile;
-  int stages;       // that are filled
-  int in_ring = 0;  // of these, weights fetched early
+  int stages;         // that are filled
+  int fetched_early;  // of these, whose weights are fetched early
+  int in_ring;        // of those, that go to the ring
+  int ahead;          // of those, that are dequantised early, too
 
   __device__ __forceinline__ RingFill(const Parameters& p, const Ring<C>& ring, const WorkTile& tile)
-      : p(p), ring(ring), tile(tile), stages(min(tile.stage_end - tile.stage_begin, C::kStages)) {}
+      : p(p),
+        ring(ring),
+        tile(tile),
+        stages(min(tile.stage_end - tile.stage_begin, C::kStages)),
+        fetched_early(static_cast<int>(blockIdx.x) < p.early_blocks ? min(p.early_stages, stages) : 0),
+        in_ring(p.early_into_ring ? fetched_early : 0),
+        ahead(p.dequantizes_early ? min(in_ring, C::kStagesAhead) : 0) {}
 
   // Not unrolled, here and below: with an unrolled loop of copies before the mainloop, ptxas takes the warp for
   // divergent from then on and keeps the mainloop's descriptors in registers of threads (7 % of the time of `narrow`
   // tiles).
-  __device__ __forceinline__ void early() {
-    const int early = static_cast<int>(blockIdx.x) < p.early_blocks ? min(p.early_stages, stages) : 0;
-    in_ring = p.early_into_ring ? early : 0;
+  __device__ __forceinline__ void early() const {
 #pragma unroll 1
-    for (int i = 0; i < in_ring; ++i) load_weights<C>(p, ring, i, tile, tile.stage_begin + i);
-    if (!p.early_into_ring) prefetch_weights<C>(p, tile, tile.stage_begin, tile.stage_begin + early);
+    for (int i = 0; i < in_ring; ++i) {
+      if (i < ahead) {
+        barrier_arrive_expect(ring.early_weights(i), C::kWeightBytes + C::kScaleBytes);
+        copy_weights<C>(p, ring, i, tile, tile.stage_begin + i, ring.early_weights(i));
+      } else {
+        load_weights<C>(p, ring, i, tile, tile.stage_begin + i);
+      }
+    }
+    if (!p.early_into_ring) prefetch_weights<C>(p, tile, tile.stage_begin, tile.stage_begin + fetched_early);
   }
 
   __device__ __forceinline__ void rest(const Multicast& multicast) const {
 #pragma unroll 1
     for (int i = 0; i < stages; ++i) {
+      if (i < ahead) barrier_arrive_expect(ring.full(i), p.activation_bytes);
       if (i >= in_ring) load_weights<C>(p, ring, i, tile, tile.stage_begin + i);
       load_activations<C>(p, ring, i, tile, tile.stage_begin + i, multicast);
     }

@@ -1,4 +1,4 @@
-// Compiles the kernels of one tile, both scale modes.
+// Compiles the kernels of one tile.
 #pragma once
 
 #include "cuda/sm90/kernel.cuh"
@@ -6,29 +6,20 @@
 
 namespace marlin_qqq::cuda::sm90 {
 
-template <int kTileIndex, bool kGrouped>
+template <int kTileIndex, bool kGrouped, Variant kVariant>
 Kernel kernel_of() {
   static_assert(kTileIndex >= 0, "no such tile in plan/sm90_tiles.h");
-  return gemm_kernel<Config<kTileIndex, kGrouped>>;
-}
-
-template <int kTileIndex, bool kGrouped>
-Kernel quantizing_kernel_of() {
-  static_assert(kTileIndex >= 0 && plan::kSm90Tiles[kTileIndex].can_quantize(), "not a tile that can quantise");
-  return gemm_kernel<Config<kTileIndex, kGrouped, true>>;
+  static_assert(kernel_exists(plan::kSm90Tiles[kTileIndex], kGrouped, kVariant), "no such variant: see registry.h");
+  return gemm_kernel<Config<kTileIndex, kGrouped, kVariant>>;
 }
 
 }  // namespace marlin_qqq::cuda::sm90
 
-#define MARLIN_QQQ_INSTANTIATE_SM90(name)                                              \
-  template marlin_qqq::cuda::sm90::Kernel                                              \
-  marlin_qqq::cuda::sm90::kernel_of<marlin_qqq::plan::sm90_tile_index(name), false>(); \
-  template marlin_qqq::cuda::sm90::Kernel                                              \
-  marlin_qqq::cuda::sm90::kernel_of<marlin_qqq::plan::sm90_tile_index(name), true>();
+#define MARLIN_QQQ_INSTANTIATE_SM90_VARIANT(name, grouped, variant)          \
+  template marlin_qqq::cuda::sm90::Kernel marlin_qqq::cuda::sm90::kernel_of< \
+      marlin_qqq::plan::sm90_tile_index(name), grouped, marlin_qqq::cuda::sm90::Variant::variant>();
 
-// Of a tile that can quantise, besides.
-#define MARLIN_QQQ_INSTANTIATE_SM90_QUANTIZING(name)                                              \
-  template marlin_qqq::cuda::sm90::Kernel                                                         \
-  marlin_qqq::cuda::sm90::quantizing_kernel_of<marlin_qqq::plan::sm90_tile_index(name), false>(); \
-  template marlin_qqq::cuda::sm90::Kernel                                                         \
-  marlin_qqq::cuda::sm90::quantizing_kernel_of<marlin_qqq::plan::sm90_tile_index(name), true>();
+// Both scale modes.
+#define MARLIN_QQQ_INSTANTIATE_SM90(name)                  \
+  MARLIN_QQQ_INSTANTIATE_SM90_VARIANT(name, false, kPlain) \
+  MARLIN_QQQ_INSTANTIATE_SM90_VARIANT(name, true, kPlain)

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
       const auto ring = Ring<C>::of(shared, r);
       for (int stage = 0; stage < C::kStages; ++stage) {
         barrier_init(ring.full(stage), 1);
-        barrier_init(ring.empty(stage), C::kConsumerThreads / 32 * p.multicast);
+        barrier_init(ring.empty(stage), C::kDepthSplit ? 1 : C::kConsumerThreads / 32 * p.multicast);
       }
     }
     for (int i = 0; i < C::kTile.exchange_barriers(); ++i) barrier_init(shared + C::kExchangeBarrierOffset + 8 * i, 1);
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
   if (!C::kDepthSplit && warp >= C::kConsumerThreads / 32) {
     // Producer
     registers_decrease<40>();
-    if (warp == C::kConsumerThreads / 32 && lane == 0) {
+    if (warp == C::kConsumerThreads / 32 && elect_thread()) {
       const int rank = block_rank % p.multicast;
       const auto mask = static_cast<uint16_t>(((1 << p.multicast) - 1) << (block_rank - rank));
       produce<C>(p, Ring<C>::of(shared, 0), {p.multicast, rank, p.activation_rows, mask}, tile_walk());
@@ -109,15 +109,20 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
       const int stages = whole.stage_end - whole.stage_begin;
       tile.stage_begin = whole.stage_begin + stages * ring_index / C::kRings;
       tile.stage_end = whole.stage_begin + stages * (ring_index + 1) / C::kRings;
-      const bool fills = C::kWarpRings ? lane == 0 : threadIdx.x % 128 == 0;
+      const bool fills = C::kWarpRings || warp % 4 == 0;
       RingFill<C> fill(p, ring, tile);
-      if (fills) fill.early();
+      if (fills && elect_thread()) fill.early();
+      StagesAhead<C> ahead;
+      if constexpr (C::kWarpRings) {
+        __syncwarp();
+        ahead.dequantize(ring, lane, fill.ahead);
+      }
       if constexpr (C::kQuantizes) {
         __syncwarp();
         wait_for_previous_kernel();
         const auto quantize = [&](auto row) {
           row.load();  // ahead of the rest of the weights, which take the same way
-          if (fills) fill.rest({1, 0, 0, 0});
+          if (fills && elect_thread()) fill.rest({1, 0, 0, 0});
           __syncwarp();
           row.quantize(shared, whole);
         };
@@ -126,13 +131,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
         } else {
           quantize(TokenRow<C, __half>(p, warp, lane));
         }
+        // ptxas no longer knows that the warp agrees on these, and would copy with a loop over its threads.
+        tile.stage_begin = __reduce_max_sync(~0u, tile.stage_begin);
+        tile.stage_end = __reduce_max_sync(~0u, tile.stage_end);
+        ahead.count = __reduce_max_sync(~0u, ahead.count);
       } else {
-        if (fills) {
-          wait_for_previous_kernel();
-          fill.rest({1, 0, 0, 0});
-        }
-        __syncwarp();
         wait_for_previous_kernel();
+        if (fills && elect_thread()) fill.rest({1, 0, 0, 0});
+        __syncwarp();
       }
       if (tile.stage_begin < tile.stage_end) {
         StageRefill<C> refill{p, ring, tile, tile.stage_begin + C::kStages, fills};
@@ -143,7 +149,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
             return ring.activations(stage);
           };
           const int last_token = C::kQuantizes ? p.num_tokens - 1 : C::kTokens - 1;
-          consume_in_warp<C>(ring, position, tile, lane, rows, last_token, refill, sums);
+          consume_in_warp<C>(ring, position, tile, lane, ahead, rows, last_token, refill, sums);
         } else {
           consume<C>(ring, position, tile, WeightReader<C>(warpgroup, warp % 4, lane), refill, sums);
         }

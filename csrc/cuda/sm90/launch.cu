@@ -15,53 +15,62 @@
 namespace marlin_qqq::cuda::sm90 {
 namespace {
 
-// Of one tile: per-channel, with group scales, and the same two that quantise their activations, if there are any.
-template <int kTileIndex>
-std::array<Kernel, 4> kernels_of() {
-  std::array<Kernel, 4> kernels = {kernel_of<kTileIndex, false>(), kernel_of<kTileIndex, true>()};
-  if constexpr (plan::kSm90Tiles[kTileIndex].can_quantize()) {
-    kernels[2] = quantizing_kernel_of<kTileIndex, false>();
-    kernels[3] = quantizing_kernel_of<kTileIndex, true>();
-  }
+constexpr int kVariants = 3;
+
+// Of one tile: by variant, per-channel and with group scales; null where there is none.
+template <int kTileIndex, int... kKernels>
+std::array<Kernel, 2 * kVariants> kernels_of(std::integer_sequence<int, kKernels...>) {
+  std::array<Kernel, 2 * kVariants> kernels = {};
+  const auto add = [&]<int kKernel>(std::integral_constant<int, kKernel>) {
+    constexpr auto kVariant = static_cast<Variant>(kKernel / 2);
+    constexpr bool kGrouped = kKernel % 2 != 0;
+    if constexpr (kernel_exists(plan::kSm90Tiles[kTileIndex], kGrouped, kVariant)) {
+      kernels[kKernel] = kernel_of<kTileIndex, kGrouped, kVariant>();
+    }
+  };
+  (add(std::integral_constant<int, kKernels>()), ...);
   return kernels;
 }
 
 template <int... kTileIndices>
-std::array<std::array<Kernel, 4>, sizeof...(kTileIndices)> make_kernels(std::integer_sequence<int, kTileIndices...>) {
-  return {kernels_of<kTileIndices>()...};
+std::array<std::array<Kernel, 2 * kVariants>, sizeof...(kTileIndices)> make_kernels(
+    std::integer_sequence<int, kTileIndices...>) {
+  return {kernels_of<kTileIndices>(std::make_integer_sequence<int, 2 * kVariants>())...};
 }
 
-Kernel kernel_for(int tile, bool grouped, bool quantizes = false) {
+Kernel kernel_for(int tile, bool grouped, Variant variant) {
   static const auto kernels = make_kernels(std::make_integer_sequence<int, plan::kSm90TileCount>());
-  return kernels[tile][2 * quantizes + grouped];
+  return kernels[tile][2 * static_cast<int>(variant) + grouped];
 }
 
-cudaError_t allow_shared_memory_of(int tile, bool grouped, bool quantizes = false) {
-  static std::atomic<uint64_t> done[plan::kSm90TileCount][2][2];
-  return allow_shared_memory(done[tile][grouped][quantizes],
-                             reinterpret_cast<const void*>(kernel_for(tile, grouped, quantizes)),
-                             quantizes ? plan::kSm90LargestBlockMemory : plan::kSm90Tiles[tile].shared_memory_bytes());
+cudaError_t allow_shared_memory_of(int tile, bool grouped, Variant variant) {
+  static std::atomic<uint64_t> done[plan::kSm90TileCount][2][kVariants];
+  return allow_shared_memory(
+      done[tile][grouped][static_cast<int>(variant)], reinterpret_cast<const void*>(kernel_for(tile, grouped, variant)),
+      variant == Variant::kQuantizing ? plan::kSm90LargestBlockMemory : plan::kSm90Tiles[tile].shared_memory_bytes());
 }
 
 // How blocks that may start while the kernel before this one still runs fetch their first weights. All measured on an
 // H100, with none, one, two, three and all stages of a ring, to the ring and to L2, with and without a quantisation
 // between the products. What is on its way into the rings while the kernel before ends is time won on the memory bus;
 // but it is in the way of that kernel's last loads and of the quantisation, which the product then waits for.
-void plan_early_fetch(Parameters& p, const plan::Sm90Tile& tile, const plan::Plan& plan, bool grouped,
-                      bool constant_weights) {
-  const bool whole_device = 4 * plan.grid >= 3 * plan.resident_blocks;
+//
+// Group scales make a short product wait for its dequantisation. Where another launch has the other half of the device,
+// this one's blocks wait long enough to do the first stages' meanwhile. Elsewhere the weights arrive too late for that,
+// and what is fetched after the wait would then be asked for late.
+void plan_early_fetch(Parameters& p, const plan::Sm90Tile& tile, const plan::Plan& plan, int64_t num_tokens,
+                      bool grouped, bool constant_weights) {
   p.early_blocks = plan.resident_blocks;
   p.early_into_ring = constant_weights;
+  p.dequantizes_early = constant_weights && grouped && plan.leaves_room();
   if (!constant_weights) {
-    // To L2 it is a second pass through L2. None where the kernel before is on the other half of the device, for it is
-    // fetching its own weights at that moment.
-    p.early_stages = whole_device ? 2 : 0;
-  } else if (p.num_tokens <= 32) {
+    // To L2 it is a second pass through L2. Few or none where the kernel before is on the other half of the device, for
+    // it is fetching its own weights at that moment.
+    p.early_stages = !plan.leaves_room() ? 2 : grouped ? 1 : 0;
+  } else if (num_tokens <= 32) {
     p.early_stages = tile.warp_rings() ? 3 : 4;
-  } else if (p.num_tokens <= 96 && !grouped) {
-    p.early_stages = tile.stages;
   } else {
-    p.early_stages = whole_device ? 2 : 3;
+    p.early_stages = num_tokens <= 96 && !grouped ? 4 : 2;
   }
 }
 
@@ -105,7 +114,11 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
     error = encode_tensor_map(&p.output, ElementType::kUInt16, arguments.output, tokens, features, tile.store_tokens(),
                               64, /*swizzle=*/true);
   }
-  if (error == cudaSuccess) error = allow_shared_memory_of(plan.tile, grouped, plan.quantizes);
+  plan_early_fetch(p, tile, plan, problem.num_tokens, grouped, arguments.constant_weights);
+  const Variant variant = plan.quantizes                             ? Variant::kQuantizing
+                          : p.dequantizes_early && tile.warp_rings() ? Variant::kAhead
+                                                                     : Variant::kPlain;
+  if (error == cudaSuccess) error = allow_shared_memory_of(plan.tile, grouped, variant);
   if (error != cudaSuccess) return error;
 
   p.token_scale = plan.quantizes ? p.found_token_scale : arguments.token_scale;
@@ -114,7 +127,6 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   p.output_pointer = arguments.output;
   p.output_is_bfloat16 = arguments.output_type == OutputType::kBFloat16;
   p.num_tokens = static_cast<int>(problem.num_tokens);
-  plan_early_fetch(p, tile, plan, grouped, arguments.constant_weights);
   p.out_features = static_cast<int>(problem.out_features);
   p.stage_count = static_cast<int>(divide_up(problem.in_features, 128));
   p.token_tiles = static_cast<int>(divide_up(problem.num_tokens, tile.tokens));
@@ -129,8 +141,8 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   p.scratch = static_cast<int32_t*>(scratch);
   p.multicast = plan.multicast;
 
-  error = launch_dependent(kernel_for(plan.tile, grouped, plan.quantizes), plan.grid, plan.threads,
-                           plan.shared_memory_bytes, plan.split * plan.multicast, stream, p);
+  error = launch_dependent(kernel_for(plan.tile, grouped, variant), plan.grid, plan.threads, plan.shared_memory_bytes,
+                           plan.split * plan.multicast, stream, p);
   if (error != cudaSuccess || plan.scratch_split == 1) return error;
 
   const Reduction reduction = {p.scratch,        p.token_scale,        p.channel_scale,    p.bias,
@@ -143,7 +155,7 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
 
 int max_active_clusters(int cluster_size) {
   constexpr int kTile = plan::sm90_tile_index("deep256");
-  if (allow_shared_memory_of(kTile, true) != cudaSuccess) return 0;
+  if (allow_shared_memory_of(kTile, true, Variant::kPlain) != cudaSuccess) return 0;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = cluster_size;
@@ -156,7 +168,8 @@ int max_active_clusters(int cluster_size) {
   config.attrs = &attribute;
   config.numAttrs = 1;
   int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, kernel_for(kTile, true), &config) != cudaSuccess) return 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel_for(kTile, true, Variant::kPlain), &config) != cudaSuccess)
+    return 0;
   return clusters;
 }
 

@@ -58,7 +58,7 @@ struct Operands {
   uint32_t a[C::kBlocks][4];
 };
 
-// The group scales of a slice, as stored and ready for use.
+// The group scales of a stage, as stored and ready for use.
 template <class C>
 struct PackedScales {
   uint32_t pairs[C::kBlocks];
@@ -82,18 +82,11 @@ __device__ __forceinline__ void fetch_packed_scales(PackedScales<C>& packed, uin
 }
 
 template <class C>
-__device__ __forceinline__ void spread_scales(Scales<C>& scales, const PackedScales<C>& packed) {
+__device__ __forceinline__ void prepare_scales(Scales<C>& scales, const PackedScales<C>& packed) {
   if constexpr (C::kGrouped) {
 #pragma unroll
-    for (int j = 0; j < C::kBlocks; ++j) scales.pairs[j] = dequant::spread_group_scales(packed.pairs[j]);
+    for (int j = 0; j < C::kBlocks; ++j) scales.pairs[j] = dequant::group_scales(packed.pairs[j]);
   }
-}
-
-template <class C>
-__device__ __forceinline__ void fetch_scales(Scales<C>& scales, uint32_t address) {
-  PackedScales<C> packed;
-  fetch_packed_scales<C>(packed, address);
-  spread_scales<C>(scales, packed);
 }
 
 // The two operand registers of the packed word `word` of product j.
@@ -123,13 +116,14 @@ __device__ __forceinline__ void dequantize_step(Operands<C>& operands, const Pac
 }
 
 // Where this thread tells the producers that a stage has been read: thread `lane` of a warp tells block `lane` of those
-// that write into the stage.
+// that write into the stage; the others tell nobody (zeros).
 struct StageRelease {
   uint32_t first_empty_barrier;  // in the cluster's window
-  bool tells;
+  uint32_t barrier_bytes;
 
   __device__ __forceinline__ void operator()(int stage) const {
-    if (tells) barrier_arrive_cluster(first_empty_barrier + 8 * stage);
+    const uint32_t barrier = first_empty_barrier + barrier_bytes * stage;
+    if (barrier != 0) barrier_arrive_cluster(barrier);
   }
 };
 
@@ -137,10 +131,13 @@ template <class C>
 __device__ __forceinline__ StageRelease stage_release(const Ring<C>& ring, int lane, int multicast_blocks,
                                                       int multicast_first) {
   const bool tells = lane < multicast_blocks;
-  return {cluster_address(ring.empty(0), multicast_first + (tells ? lane : 0)), tells};
+  const uint32_t barrier = cluster_address(ring.empty(0), multicast_first + (tells ? lane : 0));
+  StageRelease release = {tells ? barrier : 0, tells ? 8u : 0u};
+  asm volatile("" : "+r"(release.first_empty_barrier), "+r"(release.barrier_bytes));  // kept, not computed anew
+  return release;
 }
 
-// For a warpgroup that fills its own ring: one of its threads refills a stage as soon as it has been read. A product is
+// For a warp or warpgroup that fills its own ring: one thread refills a stage as soon as it has been read. A product is
 // done for all warps of the warpgroup at once, and a warp issues it only when its own packed words have arrived.
 template <class C>
 struct StageRefill {
@@ -148,10 +145,10 @@ struct StageRefill {
   const Ring<C>& ring;
   const WorkTile& tile;
   int next_block;
-  bool fills;
+  bool fills;  // this warp does
 
   __device__ __forceinline__ void operator()(int stage) {
-    if (fills && next_block < tile.stage_end) {
+    if (fills && next_block < tile.stage_end && elect_thread()) {
       load_weights<C>(p, ring, stage, tile, next_block);
       load_activations<C>(p, ring, stage, tile, next_block, {1, 0, 0, 0});
     }
@@ -174,24 +171,29 @@ __device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C>& po
   Operands<C> operands[2];
   Scales<C> scales;
   barrier_wait(ring.full(position.stage), position.phase);
-  fetch_scales<C>(scales, ring.scales(position.stage) + reader.scale_offset);
+  PackedScales<C> packed_scales;
+  fetch_packed_scales<C>(packed_scales, ring.scales(position.stage) + reader.scale_offset);
   fetch_step<C>(packed[0], ring.weights(position.stage) + reader.weight_offset, 0);
   fetch_step<C>(packed[1], ring.weights(position.stage) + reader.weight_offset, 1);
+  prepare_scales<C>(scales, packed_scales);
   dequantize_step<C>(operands[0], packed[0], scales);
 
 #pragma unroll
   for (int j = 0; j < C::kBlocks; ++j) keep_in_place(sums[j]);
   int32_t accumulate = 0;
   int previous_stage = -1;
-  const uint64_t first_activations = swizzled_descriptor(ring.activations(0));
-  for (int block = tile.stage_begin; block < tile.stage_end; ++block) {
+  for (int left = tile.stage_end - tile.stage_begin; left > 0; --left) {
     const int stage = position.stage;
-    const bool last = block + 1 == tile.stage_end;
-    const uint64_t activations = first_activations + stage * (C::kActivationBytes / 16);
+    const uint64_t activations = swizzled_descriptor(ring.activations(stage));
     const uint32_t weights = ring.weights(stage) + reader.weight_offset;
-    position.advance();
-    const uint32_t next_weights = ring.weights(position.stage) + reader.weight_offset;
-    PackedScales<C> next_scales;
+    // After the last stage it is the last one's words that are read ahead, once more and for nothing: cheaper than a
+    // branch at every place that reads ahead.
+    if (left > 1) position.advance();
+    uint32_t next_weights = ring.weights(position.stage) + reader.weight_offset;
+    uint32_t next_scales = ring.scales(position.stage) + reader.scale_offset;
+    asm volatile("" : "+r"(next_weights), "+r"(next_scales));  // kept, not computed anew for every load
+    bool next_is_full = false;
+    bool stage_is_read = true;  // and not yet told so
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       wgmma_fence();
@@ -203,29 +205,39 @@ __device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C>& po
       accumulate = 1;
       wgmma_commit();
 
-      // The words of the step after the next, possibly of the next stage
+      // The words of the step after the next, also of the next stage if that is there
       if (step + 2 < kSteps) {
         fetch_step<C>(packed[step % 2], weights, step + 2);
-      } else if (!last) {
-        if (step + 2 == kSteps) {
+      } else {
+        if (!C::kDepthSplit && step + 2 == kSteps && !next_is_full) {
           barrier_wait(ring.full(position.stage), position.phase);
-          fetch_packed_scales<C>(next_scales, ring.scales(position.stage) + reader.scale_offset);
         }
-        fetch_step<C>(packed[step % 2], next_weights, step + 2 - kSteps);
+        if (!C::kDepthSplit || next_is_full) {
+          if (step + 2 == kSteps) fetch_packed_scales<C>(packed_scales, next_scales);
+          fetch_step<C>(packed[step % 2], next_weights, step + 2 - kSteps);
+        } else if (step + 1 == kSteps) {
+          // The stage that was read is filled again while the warpgroup waits for the next one.
+          wgmma_wait<0>();
+          stage_is_free(stage);
+          stage_is_read = false;
+          barrier_wait(ring.full(position.stage), position.phase);
+          fetch_packed_scales<C>(packed_scales, next_scales);
+          fetch_step<C>(packed[0], next_weights, 0);
+          fetch_step<C>(packed[1], next_weights, 1);
+        }
       }
+      // Asked a step before it matters: the answer takes a while.
+      if (step + 3 == kSteps) next_is_full = barrier_completed(ring.full(position.stage), position.phase);
       // The next step's operands, once the step before this one has let go of their registers. Steps before this one
       // are done then: the stage before is free.
       wgmma_wait<1>();
-      if (step + 1 < kSteps) {
-        dequantize_step<C>(operands[(step + 1) % 2], packed[(step + 1) % 2], scales);
-      } else if (!last) {
-        spread_scales<C>(scales, next_scales);
-        dequantize_step<C>(operands[0], packed[0], scales);
-      }
+      if (step + 1 == kSteps) prepare_scales<C>(scales, packed_scales);
+      dequantize_step<C>(operands[(step + 1) % 2], packed[(step + 1) % 2], scales);
       if (step == 0 && previous_stage >= 0) stage_is_free(previous_stage);
     }
-    previous_stage = stage;
+    previous_stage = stage_is_read ? stage : -1;
   }
+  position.advance();
   wgmma_wait<0>();
 #pragma unroll
   for (int j = 0; j < C::kBlocks; ++j) keep_in_place(sums[j]);

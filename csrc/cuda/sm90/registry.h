@@ -1,4 +1,4 @@
-// The compiled Hopper kernels, one a row of plan::kSm90Tiles and scale mode.
+// The compiled Hopper kernels: of every row of plan::kSm90Tiles both scale modes, and the variants that there are.
 #pragma once
 
 #include "cuda/sm90/config.cuh"
@@ -7,12 +7,20 @@ namespace marlin_qqq::cuda::sm90 {
 
 using Kernel = void (*)(const Parameters);
 
-// Defined by the files of instantiations/.
-template <int kTileIndex, bool kGrouped>
-Kernel kernel_of();
+constexpr bool kernel_exists(const plan::Sm90Tile& tile, bool grouped, Variant variant) {
+  switch (variant) {
+    case Variant::kPlain:
+      return true;
+    case Variant::kAhead:
+      return grouped && tile.warp_rings();
+    case Variant::kQuantizing:
+      return tile.can_quantize();
+  }
+  return false;
+}
 
-// The one that quantises the activations itself, of a tile that can (plan::Sm90Tile::can_quantize).
-template <int kTileIndex, bool kGrouped>
-Kernel quantizing_kernel_of();
+// Defined by the files of instantiations/.
+template <int kTileIndex, bool kGrouped, Variant kVariant>
+Kernel kernel_of();
 
 }  // namespace marlin_qqq::cuda::sm90

@@ -8,65 +8,146 @@
 
 namespace marlin_qqq::cuda::sm90 {
 
+// A warp's A operands of one step.
+template <class C>
+__device__ __forceinline__ void dequantize_warp_step(uint32_t (&a)[C::kBlocks][4], const PackedStep<C>& packed,
+                                                     const Scales<C>& scales) {
+#pragma unroll
+  for (int j = 0; j < C::kBlocks; ++j) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const dequant::Columns columns = dequantize_word<C>(packed.words[row][j], scales, j);
+      a[j][2 * row] = columns.column0;
+      a[j][2 * row + 1] = columns.column8;
+    }
+  }
+}
+
+// The first stages of a ring, dequantised into registers while the warp waits for the kernel before: with group scales
+// that is most of the work of a short product.
+template <class C>
+struct StagesAhead {
+  uint32_t a[C::kStagesAhead > 0 ? C::kStagesAhead : 1][kSteps][C::kBlocks][4];
+  int count = 0;
+
+  __device__ __forceinline__ void dequantize(const Ring<C>& ring, int lane, int stages) {
+    count = stages;
+#pragma unroll
+    for (int stage = 0; stage < C::kStagesAhead; ++stage) {
+      if (stage >= count) break;
+      barrier_wait(ring.early_weights(stage), 0);
+      PackedScales<C> packed_scales;
+      Scales<C> scales;
+      fetch_packed_scales<C>(packed_scales, ring.scales(stage) + 16 * (lane / 4));
+      prepare_scales<C>(scales, packed_scales);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        PackedStep<C> packed;
+        fetch_step<C>(packed, ring.weights(stage) + 16 * lane, step);
+        dequantize_warp_step<C>(a[stage][step], packed, scales);
+      }
+    }
+  }
+};
+
+// The activations of two steps, for every octet of tokens, and their products.
+template <class C>
+struct WarpTokens {
+  static constexpr int kOctets = C::kTokens / 8;
+  uint32_t b[kOctets][4];
+
+  // `address`: this lane's row of the stage, whose 16-byte pieces are swizzled as the copy engine wrote them; a lane
+  // gives the address of piece lane / 8 of the four that one load_matrix fetches.
+  __device__ __forceinline__ void load(uint32_t address, int step, uint32_t piece, uint32_t token_row) {
+#pragma unroll
+    for (int i = 0; i < kOctets; ++i) load_matrix(b[i], address + 1024 * i + 16 * ((2 * step + piece) ^ token_row));
+  }
+
+  __device__ __forceinline__ void multiply(int32_t (&sums)[C::kBlocks][C::kTokens / 2],
+                                           const uint32_t (&a)[C::kBlocks][4], int step) const {
+#pragma unroll
+    for (int j = 0; j < C::kBlocks; ++j) {
+#pragma unroll
+      for (int i = 0; i < kOctets; ++i) {
+        mma_int8(*reinterpret_cast<int32_t(*)[4]>(&sums[j][4 * i]), a[j], b[i][2 * (step % 2)],
+                 b[i][2 * (step % 2) + 1]);
+      }
+    }
+  }
+};
+
 // Sums of one tile's 64 features. sums[j][4 * i + 2 * b + e]: feature 16 * j + 8 * b + lane / 4, token 8 * i + 2 *
 // (lane % 4) + e. `token_rows(block, stage)` is where the int8 rows of the inputs' block `block` are, `last_token` the
 // last one of them. `stage_is_free(stage)` is called once for every stage that the warp has read.
 template <class C, class TokenRows, class StageIsFree>
 __device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, RingPosition<C>& position, const WorkTile& tile,
-                                                int lane, const TokenRows& token_rows, int last_token,
-                                                StageIsFree& stage_is_free,
+                                                int lane, const StagesAhead<C>& ahead, const TokenRows& token_rows,
+                                                int last_token, StageIsFree& stage_is_free,
                                                 int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
   static_assert(C::kBlocks == 4 && C::kFeatures == 64, "a warp takes the four chunks of one packed tile");
-  constexpr int kOctets = C::kTokens / 8;
 #pragma unroll
   for (int j = 0; j < C::kBlocks; ++j) {
 #pragma unroll
     for (int i = 0; i < C::kTokens / 2; ++i) sums[j][i] = 0;
   }
-  // Lane l gives the address of token l % 8, 16-byte piece l / 8 of the four that one load_matrix fetches: swizzled as
-  // the copy engine wrote them.
   const uint32_t token_row = min(lane % 8, last_token);
   const uint32_t piece = lane / 8;
-#pragma unroll 1
-  for (int block = tile.stage_begin; block < tile.stage_end; ++block) {
-    const int stage = position.stage;
-    barrier_wait(ring.full(stage), position.phase);
-    const uint32_t weights = ring.weights(stage) + 16 * lane;
-    const uint32_t activations = token_rows(block, stage) + 128 * token_row;
-    PackedStep<C> packed[2];
-    fetch_step<C>(packed[0], weights, 0);
-    Scales<C> scales;
-    fetch_scales<C>(scales, ring.scales(stage) + 16 * (lane / 4));
-    uint32_t b[kOctets][4];
+  WarpTokens<C> tokens;
+#pragma unroll
+  for (int early = 0; early < C::kStagesAhead; ++early) {
+    if (early >= ahead.count) break;
+    barrier_wait(ring.full(early), 0);
+    const uint32_t activations = token_rows(tile.stage_begin + early, early) + 128 * token_row;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      if (step % 2 == 0) {
+      if (step % 2 == 0) tokens.load(activations, step, piece, token_row);
+      tokens.multiply(sums, ahead.a[early][step], step);
+    }
+    __syncwarp();  // all lanes have read the stage
+    stage_is_free(early);
+    position.advance();
+  }
+  const int first_block = tile.stage_begin + ahead.count;
+  if (first_block >= tile.stage_end) return;
+
+  PackedStep<C> packed[2];
+  PackedScales<C> packed_scales;
+  Scales<C> scales;
+  const auto fetch_first_step = [&](int stage) {
+    fetch_packed_scales<C>(packed_scales, ring.scales(stage) + 16 * (lane / 4));
+    fetch_step<C>(packed[0], ring.weights(stage) + 16 * lane, 0);
+  };
+  barrier_wait(ring.full(position.stage), position.phase);
+  fetch_first_step(position.stage);
+#pragma unroll 1
+  for (int block = first_block; block < tile.stage_end; ++block) {
+    const int stage = position.stage;
+    const uint32_t weights = ring.weights(stage) + 16 * lane;
+    const uint32_t activations = token_rows(block, stage) + 128 * token_row;
+    // After the last stage it is the last one's words that are read ahead, for nothing.
+    if (block + 1 < tile.stage_end) position.advance();
+    bool next_is_full = false;
+    prepare_scales<C>(scales, packed_scales);
 #pragma unroll
-        for (int i = 0; i < kOctets; ++i) {
-          load_matrix(b[i], activations + 1024 * i + 16 * ((2 * step + piece) ^ token_row));
-        }
+    for (int step = 0; step < kSteps; ++step) {
+      if (step % 2 == 0) tokens.load(activations, step, piece, token_row);
+      // The next step's words, also of the next stage if that is there
+      if (step + 1 < kSteps) {
+        fetch_step<C>(packed[(step + 1) % 2], weights, step + 1);
+      } else {
+        if (!next_is_full) barrier_wait(ring.full(position.stage), position.phase);
+        fetch_first_step(position.stage);
       }
-      if (step + 1 < kSteps) fetch_step<C>(packed[(step + 1) % 2], weights, step + 1);
-#pragma unroll
-      for (int j = 0; j < C::kBlocks; ++j) {
-        uint32_t a[4];
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-          const dequant::Columns columns = dequantize_word<C>(packed[step % 2].words[row][j], scales, j);
-          a[2 * row] = columns.column0;
-          a[2 * row + 1] = columns.column8;
-        }
-#pragma unroll
-        for (int i = 0; i < kOctets; ++i) {
-          mma_int8(*reinterpret_cast<int32_t(*)[4]>(&sums[j][4 * i]), a, b[i][2 * (step % 2)],
-                   b[i][2 * (step % 2) + 1]);
-        }
-      }
+      // Asked a step before it matters: the answer takes a while.
+      if (step + 2 == kSteps) next_is_full = barrier_completed(ring.full(position.stage), position.phase);
+      uint32_t a[C::kBlocks][4];
+      dequantize_warp_step<C>(a, packed[step % 2], scales);
+      tokens.multiply(sums, a, step);
     }
     __syncwarp();  // all lanes have read the stage
     stage_is_free(stage);
-    position.advance();
   }
+  position.advance();
 }
 
 }  // namespace marlin_qqq::cuda::sm90

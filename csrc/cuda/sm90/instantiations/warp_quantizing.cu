@@ -1,3 +1,4 @@
 #include "cuda/sm90/instantiate.cuh"
 
-MARLIN_QQQ_INSTANTIATE_SM90_QUANTIZING("warp8")
+MARLIN_QQQ_INSTANTIATE_SM90_VARIANT("warp8", false, kQuantizing)
+MARLIN_QQQ_INSTANTIATE_SM90_VARIANT("warp8", true, kQuantizing)
