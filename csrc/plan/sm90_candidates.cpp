@@ -14,22 +14,20 @@ int cluster_slots(const DeviceProperties& device, int cluster_size, int blocks_p
 }
 
 // What the quantisation of its activations adds to a product, in microseconds: as measured on an H100, back to back in
-// a graph, on 20 layers of 2 to 42 MB at 1 to 8 tokens.
+// a graph, on 12 layers of 1 to 34 MB at 1 to 8 tokens. Of the launch only whether it quantises counts, so that the
+// other candidates of a problem keep the order that they have without.
 double quantization_us(const Problem& problem, const DeviceProperties& device, const Plan& plan) {
   const bool grouped = problem.group_size > 0;
-  const bool small = problem.out_features * problem.in_features / 2 <= 10'000'000;  // bytes of packed weights
+  const auto weight_bytes = problem.out_features * problem.in_features / 2;
   const bool half = problem.out_features / 64 * 2 <= device.num_sms;  // two products share the multiprocessors
   if (plan.quantizes) {
-    // All of it is waited for: the rows from L2, their largest magnitudes, the rounding. With group scales, whose
-    // dequantisation could have gone on meanwhile, the more so where no other product fills the gap.
-    const double elements = static_cast<double>(problem.num_tokens * problem.in_features) / 4096;
-    return grouped ? (small || half ? 0.6 : 0.9) + 0.18 * elements : 0.15 + 0.14 * elements;
+    // The rows from L2, their largest magnitudes, the rounding: waited for, unless there are many weights to fetch.
+    if (weight_bytes > 16'000'000) return 0.12 * problem.num_tokens;
+    return (grouped ? 0.4 : 0.25) + (half ? 0.12 : 0.18) * problem.num_tokens;
   }
-  // A kernel of its own hides behind the weights that the product fetches meanwhile, if they are many. Nothing here
-  // tells launches of one problem apart.
-  if (!small) return 0.65;
-  if (grouped) return half ? 1.8 : 0.75;
-  return 1.2;
+  // A kernel of its own hides behind the weights that the product fetches meanwhile, if they are many.
+  if (half && weight_bytes <= 10'000'000) return grouped ? 1.15 : 1.0;
+  return half ? (grouped ? 0.6 : 0.5) : (grouped ? 0.6 : 0.7);
 }
 
 }  // namespace
@@ -66,9 +64,13 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   const double latency =
       std::max((grouped ? group_latency : channel_latency) + model.stage_latency_per_token * tokens * tile.blocks,
                model.memory_latency / tile.stages);
+  const double ring_stages = std::ceil(stages / tile.rings());
+  // Of a ring's stages, what is dequantised while the launch before ends.
+  const double ahead = grouped && tile.warp_rings() && plan.leaves_room() ? std::min(ring_stages, 2.0) : 0.0;
   const double mainloop =
       norm(rounds * stages * overlapped(slice, grouped ? model.group_unit_norm : model.channel_unit_norm),
-           waves * std::ceil(stages / tile.rings()) * latency, model.latency_norm);
+           waves * ring_stages * latency, model.latency_norm) *
+      (1 - model.ahead_fraction * ahead / ring_stages);
 
   const double outputs = features * tokens;
   double ending = tile.depth_split() ? model.depth_wave_cycles : model.wave_cycles;
@@ -87,8 +89,12 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
                     : model.cluster_reduction_cycles + model.cluster_reduction_per_block * (plan.split - 2) +
                           exchanged / model.exchange_bytes_per_cycle;
   }
-  // Half a grid: two launches share the multiprocessors, and one fetches its weights while the other multiplies.
-  if (tile.blocks_per_sm == 1 && 2 * works * cluster_size <= usable_sms) tail -= model.neighbour_cycles;
+  // Half a grid: two launches share the multiprocessors, and one fetches its weights while the other multiplies. Of
+  // more than half, a part of the next launch's blocks does.
+  const int64_t blocks = works * cluster_size;
+  if (tile.blocks_per_sm == 1 && blocks < usable_sms) {
+    tail -= model.neighbour_cycles * std::min(1.0, static_cast<double>(usable_sms - blocks) / blocks);
+  }
   const double cycles_a_us = device.clock_ghz * 1e3;
   const double compute_us =
       (mainloop + waves * ending) / cycles_a_us * (1 + model.multicast_penalty * (plan.multicast - 1));
