@@ -66,7 +66,7 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
                model.memory_latency / tile.stages);
   const double ring_stages = std::ceil(stages / tile.rings());
   // Of a ring's stages, what is dequantised while the launch before ends.
-  const double ahead = grouped && tile.warp_rings() && plan.leaves_room() ? std::min(ring_stages, 2.0) : 0.0;
+  const double ahead = grouped && plan.leaves_room() ? std::min<double>(ring_stages, tile.stages_ahead()) : 0.0;
   const double mainloop =
       norm(rounds * stages * overlapped(slice, grouped ? model.group_unit_norm : model.channel_unit_norm),
            waves * ring_stages * latency, model.latency_norm) *

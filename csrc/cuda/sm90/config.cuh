@@ -41,7 +41,7 @@ struct Config {
   static constexpr int kThreads = kTile.threads();
   static constexpr int kBlocksPerSm = kTile.blocks_per_sm;
   // Stages that are dequantised before the wait. Per-channel it is too little work to be worth it.
-  static constexpr int kStagesAhead = kGrouped && kWarpRings && kVariant != Variant::kPlain ? 2 : 0;
+  static constexpr int kStagesAhead = kGrouped && kVariant != Variant::kPlain ? kTile.stages_ahead() : 0;
 
   static constexpr int kStoreTokens = kTile.store_tokens();  // rows of an output staging chunk
   static constexpr int kChunks = kTokens / kStoreTokens;

@@ -115,9 +115,9 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
                               64, /*swizzle=*/true);
   }
   plan_early_fetch(p, tile, plan, problem.num_tokens, grouped, arguments.constant_weights);
-  const Variant variant = plan.quantizes                             ? Variant::kQuantizing
-                          : p.dequantizes_early && tile.warp_rings() ? Variant::kAhead
-                                                                     : Variant::kPlain;
+  const Variant variant = plan.quantizes                                   ? Variant::kQuantizing
+                          : p.dequantizes_early && tile.stages_ahead() > 0 ? Variant::kAhead
+                                                                           : Variant::kPlain;
   if (error == cudaSuccess) error = allow_shared_memory_of(plan.tile, grouped, variant);
   if (error != cudaSuccess) return error;
 

@@ -99,17 +99,19 @@ __device__ __forceinline__ dequant::Columns dequantize_word(uint32_t word, const
   }
 }
 
-template <class C>
+// The A operands of a step. `kAsynchronous`: of products that run by themselves, so that all operands are computed
+// here, ahead of their fence, and not sunk to the product that reads them. Otherwise in the order of the products.
+template <class C, bool kAsynchronous>
 __device__ __forceinline__ void dequantize_step(Operands<C>& operands, const PackedStep<C>& packed,
                                                 const Scales<C>& scales) {
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
-#pragma unroll
-    for (int j = 0; j < C::kBlocks; ++j) {
-      const dequant::Columns columns = dequantize_word<C>(packed.words[row][j], scales, j);
-      operands.a[j][2 * row] = columns.column0;
-      operands.a[j][2 * row + 1] = columns.column8;
-      // Computed here, ahead of the fence, and not sunk to the product that reads it.
+  for (int i = 0; i < 2 * C::kBlocks; ++i) {
+    const int j = kAsynchronous ? i % C::kBlocks : i / 2;
+    const int row = kAsynchronous ? i / C::kBlocks : i % 2;
+    const dequant::Columns columns = dequantize_word<C>(packed.words[row][j], scales, j);
+    operands.a[j][2 * row] = columns.column0;
+    operands.a[j][2 * row + 1] = columns.column8;
+    if constexpr (kAsynchronous) {
       asm volatile("" : "+r"(operands.a[j][2 * row]), "+r"(operands.a[j][2 * row + 1]));
     }
   }
@@ -176,7 +178,7 @@ __device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C>& po
   fetch_step<C>(packed[0], ring.weights(position.stage) + reader.weight_offset, 0);
   fetch_step<C>(packed[1], ring.weights(position.stage) + reader.weight_offset, 1);
   prepare_scales<C>(scales, packed_scales);
-  dequantize_step<C>(operands[0], packed[0], scales);
+  dequantize_step<C, true>(operands[0], packed[0], scales);
 
 #pragma unroll
   for (int j = 0; j < C::kBlocks; ++j) keep_in_place(sums[j]);
@@ -232,7 +234,7 @@ __device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C>& po
       // are done then: the stage before is free.
       wgmma_wait<1>();
       if (step + 1 == kSteps) prepare_scales<C>(scales, packed_scales);
-      dequantize_step<C>(operands[(step + 1) % 2], packed[(step + 1) % 2], scales);
+      dequantize_step<C, true>(operands[(step + 1) % 2], packed[(step + 1) % 2], scales);
       if (step == 0 && previous_stage >= 0) stage_is_free(previous_stage);
     }
     previous_stage = stage_is_read ? stage : -1;

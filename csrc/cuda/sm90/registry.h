@@ -12,7 +12,7 @@ constexpr bool kernel_exists(const plan::Sm90Tile& tile, bool grouped, Variant v
     case Variant::kPlain:
       return true;
     case Variant::kAhead:
-      return grouped && tile.warp_rings();
+      return grouped && tile.stages_ahead() > 0;
     case Variant::kQuantizing:
       return tile.can_quantize();
   }

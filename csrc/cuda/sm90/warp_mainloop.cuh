@@ -8,26 +8,11 @@
 
 namespace marlin_qqq::cuda::sm90 {
 
-// A warp's A operands of one step.
-template <class C>
-__device__ __forceinline__ void dequantize_warp_step(uint32_t (&a)[C::kBlocks][4], const PackedStep<C>& packed,
-                                                     const Scales<C>& scales) {
-#pragma unroll
-  for (int j = 0; j < C::kBlocks; ++j) {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const dequant::Columns columns = dequantize_word<C>(packed.words[row][j], scales, j);
-      a[j][2 * row] = columns.column0;
-      a[j][2 * row + 1] = columns.column8;
-    }
-  }
-}
-
 // The first stages of a ring, dequantised into registers while the warp waits for the kernel before: with group scales
 // that is most of the work of a short product.
 template <class C>
 struct StagesAhead {
-  uint32_t a[C::kStagesAhead > 0 ? C::kStagesAhead : 1][kSteps][C::kBlocks][4];
+  Operands<C> operands[C::kStagesAhead > 0 ? C::kStagesAhead : 1][kSteps];
   int count = 0;
 
   __device__ __forceinline__ void dequantize(const Ring<C>& ring, int lane, int stages) {
@@ -44,7 +29,7 @@ struct StagesAhead {
       for (int step = 0; step < kSteps; ++step) {
         PackedStep<C> packed;
         fetch_step<C>(packed, ring.weights(stage) + 16 * lane, step);
-        dequantize_warp_step<C>(a[stage][step], packed, scales);
+        dequantize_step<C, false>(operands[stage][step], packed, scales);
       }
     }
   }
@@ -63,13 +48,13 @@ struct WarpTokens {
     for (int i = 0; i < kOctets; ++i) load_matrix(b[i], address + 1024 * i + 16 * ((2 * step + piece) ^ token_row));
   }
 
-  __device__ __forceinline__ void multiply(int32_t (&sums)[C::kBlocks][C::kTokens / 2],
-                                           const uint32_t (&a)[C::kBlocks][4], int step) const {
+  __device__ __forceinline__ void multiply(int32_t (&sums)[C::kBlocks][C::kTokens / 2], const Operands<C>& operands,
+                                           int step) const {
 #pragma unroll
     for (int j = 0; j < C::kBlocks; ++j) {
 #pragma unroll
       for (int i = 0; i < kOctets; ++i) {
-        mma_int8(*reinterpret_cast<int32_t(*)[4]>(&sums[j][4 * i]), a[j], b[i][2 * (step % 2)],
+        mma_int8(*reinterpret_cast<int32_t(*)[4]>(&sums[j][4 * i]), operands.a[j], b[i][2 * (step % 2)],
                  b[i][2 * (step % 2) + 1]);
       }
     }
@@ -101,7 +86,7 @@ __device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, RingPositio
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       if (step % 2 == 0) tokens.load(activations, step, piece, token_row);
-      tokens.multiply(sums, ahead.a[early][step], step);
+      tokens.multiply(sums, ahead.operands[early][step], step);
     }
     __syncwarp();  // all lanes have read the stage
     stage_is_free(early);
@@ -131,7 +116,7 @@ __device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, RingPositio
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       if (step % 2 == 0) tokens.load(activations, step, piece, token_row);
-      // The next step's words, also of the next stage if that is there
+      // The next step's words, possibly of the next stage
       if (step + 1 < kSteps) {
         fetch_step<C>(packed[(step + 1) % 2], weights, step + 1);
       } else {
@@ -140,9 +125,9 @@ __device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, RingPositio
       }
       // Asked a step before it matters: the answer takes a while.
       if (step + 2 == kSteps) next_is_full = barrier_completed(ring.full(position.stage), position.phase);
-      uint32_t a[C::kBlocks][4];
-      dequantize_warp_step<C>(a, packed[step % 2], scales);
-      tokens.multiply(sums, a, step);
+      Operands<C> operands;
+      dequantize_step<C, false>(operands, packed[step % 2], scales);
+      tokens.multiply(sums, operands, step);
     }
     __syncwarp();  // all lanes have read the stage
     stage_is_free(stage);
