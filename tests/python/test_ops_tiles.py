@@ -39,8 +39,9 @@ def test_every_candidate(monkeypatch, family, group_size, out_dtype, num_tokens,
     monkeypatch.setenv("MARLIN_QQQ_FAMILY", family)
     for candidate in range(count_candidates(monkeypatch, on_gpu)):
         monkeypatch.setenv("MARLIN_QQQ_CANDIDATE", str(candidate))
-        got = marlin_qqq_gemm(*on_gpu.arguments, bias=bias, out_dtype=out_dtype)
-        assert torch.equal(got, expected), f"candidate {candidate}"
+        for constant_weights in (False, True):  # another kernel, for some
+            got = marlin_qqq_gemm(*on_gpu.arguments, bias=bias, out_dtype=out_dtype, constant_weights=constant_weights)
+            assert torch.equal(got, expected), f"candidate {candidate}, constant_weights={constant_weights}"
 
 
 @pytest.mark.parametrize("group_size", [128, -1])
