@@ -281,6 +281,33 @@ TEST(Sm90Candidates, WarpTilesHoldAllTokens) {
   }
 }
 
+// Tiles whose rings take parts of the inputs do not dequantise each weight more than once in blocks that start one
+// after the other.
+TEST(Sm90Candidates, SeveralTilesOfTokensInSeveralWavesAreForSharedRings) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  int several_tiles = 0;
+  for (const int64_t num_tokens : {65, 256, 1024}) {
+    for (const int64_t out_features : {1024, 4096, 12288}) {
+      for (const Plan& candidate : plan::sm90_candidates({num_tokens, out_features, 4096, 128}, device)) {
+        const plan::Sm90Tile& tile = plan::kSm90Tiles[candidate.tile];
+        if (!tile.depth_split() || num_tokens <= tile.tokens) continue;
+        ++several_tiles;
+        EXPECT_LE(candidate.grid, candidate.resident_blocks) << candidate.tile_name;
+      }
+    }
+  }
+  EXPECT_GT(several_tiles, 0);
+}
+
+TEST(Plan, LeavesRoomForAnotherLaunchWhereAQuarterOfTheDeviceIsFree) {
+  Plan plan;
+  plan.resident_blocks = 132;
+  plan.grid = 98;
+  EXPECT_TRUE(plan.leaves_room());
+  plan.grid = 99;
+  EXPECT_FALSE(plan.leaves_room());
+}
+
 TEST(Sm90Tile, TheRowsThatAreLoadedHoldTheTokensAndStayInTheTile) {
   for (const plan::Sm90Tile& tile : plan::kSm90Tiles) {
     for (int multicast : {1, 2, 4}) {
