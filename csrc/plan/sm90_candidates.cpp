@@ -27,7 +27,8 @@ double quantization_us(const Problem& problem, const DeviceProperties& device, c
   }
   // A kernel of its own hides behind the weights that the product fetches meanwhile, if they are many.
   if (half && weight_bytes <= 10'000'000) return grouped ? 1.15 : 1.0;
-  return half ? (grouped ? 0.6 : 0.5) : (grouped ? 0.6 : 0.7);
+  if (grouped) return 0.6;
+  return half ? 0.5 : 0.7;
 }
 
 }  // namespace

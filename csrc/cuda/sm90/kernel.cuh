@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
             return ring.activations(stage);
           };
           const int last_token = C::kQuantizes ? p.num_tokens - 1 : C::kTokens - 1;
-          consume_in_warp<C>(ring, position, tile, lane, ahead, rows, last_token, refill, sums);
+          consume_in_warp<C>(ring, tile, lane, ahead, rows, last_token, refill, sums);
         } else {
           consume<C>(ring, position, tile, WeightReader<C>(warpgroup, warp % 4, lane), refill, sums);
         }

@@ -115,9 +115,8 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
                               64, /*swizzle=*/true);
   }
   plan_early_fetch(p, tile, plan, problem.num_tokens, grouped, arguments.constant_weights);
-  const Variant variant = plan.quantizes                                   ? Variant::kQuantizing
-                          : p.dequantizes_early && tile.stages_ahead() > 0 ? Variant::kAhead
-                                                                           : Variant::kPlain;
+  const bool ahead = p.dequantizes_early && kernel_exists(tile, grouped, Variant::kAhead);
+  const Variant variant = plan.quantizes ? Variant::kQuantizing : ahead ? Variant::kAhead : Variant::kPlain;
   if (error == cudaSuccess) error = allow_shared_memory_of(plan.tile, grouped, variant);
   if (error != cudaSuccess) return error;
 
@@ -168,8 +167,8 @@ int max_active_clusters(int cluster_size) {
   config.attrs = &attribute;
   config.numAttrs = 1;
   int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, kernel_for(kTile, true, Variant::kPlain), &config) != cudaSuccess)
-    return 0;
+  const Kernel kernel = kernel_for(kTile, true, Variant::kPlain);
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) return 0;
   return clusters;
 }
 

@@ -65,8 +65,8 @@ struct WarpTokens {
 // (lane % 4) + e. `token_rows(block, stage)` is where the int8 rows of the inputs' block `block` are, `last_token` the
 // last one of them. `stage_is_free(stage)` is called once for every stage that the warp has read.
 template <class C, class TokenRows, class StageIsFree>
-__device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, RingPosition<C>& position, const WorkTile& tile,
-                                                int lane, const StagesAhead<C>& ahead, const TokenRows& token_rows,
+__device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, const WorkTile& tile, int lane,
+                                                const StagesAhead<C>& ahead, const TokenRows& token_rows,
                                                 int last_token, StageIsFree& stage_is_free,
                                                 int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
   static_assert(C::kBlocks == 4 && C::kFeatures == 64, "a warp takes the four chunks of one packed tile");
@@ -78,6 +78,7 @@ __device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, RingPositio
   const uint32_t token_row = min(lane % 8, last_token);
   const uint32_t piece = lane / 8;
   WarpTokens<C> tokens;
+  RingPosition<C> position;
 #pragma unroll
   for (int early = 0; early < C::kStagesAhead; ++early) {
     if (early >= ahead.count) break;
@@ -132,7 +133,6 @@ __device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, RingPositio
     __syncwarp();  // all lanes have read the stage
     stage_is_free(stage);
   }
-  position.advance();
 }
 
 }  // namespace marlin_qqq::cuda::sm90
