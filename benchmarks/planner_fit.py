@@ -105,6 +105,11 @@ class Objective:
         self.weights = numpy.array(
             [REFERENCE_WEIGHT if problem.sizes[1:3] in reference else 1.0 for problem in self.problems]
         )
+        # Every regime of M weighs the same, however many of its problems a sweep of new tiles has added.
+        tokens = numpy.array([problem.sizes[0] for problem in self.problems])
+        for low, high in REGIMES:
+            rows = (tokens >= low) & (tokens <= high)
+            self.weights[rows] /= self.weights[rows].sum()
         self.evaluations = 0
 
     @cached_property

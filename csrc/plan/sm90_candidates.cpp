@@ -42,10 +42,11 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   const int cluster_size = plan.split * plan.multicast;
   const int total_split = plan.split * plan.scratch_split;
 
-  const SliceCycles slice = {features * tokens * 128 / model.macs_per_cycle,
-                             features * (grouped ? model.group_dequant_cycles : model.channel_dequant_cycles) *
-                                 (tile.warp_rings() ? model.warp_dequant_fraction : 1.0),
-                             (tokens * 128 / plan.multicast + features * 64) / model.feed_bytes_per_cycle};
+  const SliceCycles slice = {
+      features * tokens * 128 / (tile.pingpong() ? model.turn_macs_per_cycle : model.macs_per_cycle),
+      features * (grouped ? model.group_dequant_cycles : model.channel_dequant_cycles) *
+          (tile.warp_rings() ? model.warp_dequant_fraction : 1.0),
+      (tokens * 128 / plan.multicast + features * 64) / model.feed_bytes_per_cycle};
   const int64_t works = divide_up(problem.num_tokens, tile.tokens) *
                         divide_up(problem.out_features, int64_t{tile.features()} * plan.multicast) * plan.scratch_split;
   const int slots = cluster_slots(device, cluster_size, tile.blocks_per_sm);
@@ -63,7 +64,8 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
                                    ? model.warp_group_stage_latency
                                    : model.group_stage_latency + second_product * model.group_product_latency;
   const double latency =
-      std::max((grouped ? group_latency : channel_latency) + model.stage_latency_per_token * tokens * tile.blocks,
+      std::max(((grouped ? group_latency : channel_latency) + model.stage_latency_per_token * tokens * tile.blocks) *
+                   (tile.depth_split() ? 1.0 : model.shared_ring_fraction),
                model.memory_latency / tile.stages);
   const double ring_stages = std::ceil(stages / tile.rings());
   // Of a ring's stages, what is dequantised while the launch before ends.
@@ -96,9 +98,10 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   if (tile.blocks_per_sm == 1 && blocks < usable_sms) {
     tail -= model.neighbour_cycles * std::min(1.0, static_cast<double>(usable_sms - blocks) / blocks);
   }
+  // Warpgroups that take turns hide it behind each other's products, but for the last one.
+  const double endings = tile.pingpong() ? ending + (waves - 1) * model.turn_cycles : waves * ending;
   const double cycles_a_us = device.clock_ghz * 1e3;
-  const double compute_us =
-      (mainloop + waves * ending) / cycles_a_us * (1 + model.multicast_penalty * (plan.multicast - 1));
+  const double compute_us = (mainloop + endings) / cycles_a_us * (1 + model.multicast_penalty * (plan.multicast - 1));
   const double bytes_us = problem_bytes(problem) / (model.bandwidth_fraction * device.memory_gb_per_s * 1e3);
   double us = norm(compute_us, bytes_us, model.bandwidth_norm) + tail / cycles_a_us;
   if (plan.scratch_split > 1) {
@@ -118,6 +121,7 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
   for (int index = 0; index < kSm90TileCount; ++index) {
     const Sm90Tile& tile = kSm90Tiles[index];
     if (tile.shared_memory_bytes() > device.shared_memory_per_block) continue;
+    if (problem.group_size > 0 && !tile.takes_group_scales()) continue;
     // Warps dequantise for themselves: with a second tile of tokens, warpgroups do it for less.
     if (tile.warp_rings() && problem.num_tokens > tile.tokens) continue;
     const int64_t stage_count = problem.in_features / 128;
@@ -128,6 +132,7 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
       for (int split = 1; split <= std::min<int64_t>(kLargestSplit, stage_count); ++split) {
         for (const bool in_scratch : {false, true}) {
           if (in_scratch ? split == 1 : split * multicast > kLargestClusterSplit) continue;
+          if (split > 1 && tile.pingpong()) continue;  // they take whole tiles
           if (!in_scratch && !tile.room_for_exchange(split)) continue;
           Plan plan;
           plan.family = Family::kSm90;

@@ -5,72 +5,78 @@
 namespace marlin_qqq::plan {
 
 // Cycles are of the device's nominal clock; a rate is a multiprocessor's unless it says otherwise.
-// Fitted on NVIDIA H100 80GB HBM3: 1,420 problems, 15,048 candidates, mean loss 0.9%.
+// Fitted on NVIDIA H100 80GB HBM3: 3,164 problems, 30,869 candidates, mean loss 0.8%.
 struct Sm90Model {
   // int8 products of wgmma, a cycle
-  double macs_per_cycle = 3728;
+  double macs_per_cycle = 3940;
+  // the same of a warpgroup alone, of two that take turns
+  double turn_macs_per_cycle = 3875;
   // bytes from L2 into shared memory, a cycle
-  double feed_bytes_per_cycle = 124.5;
+  double feed_bytes_per_cycle = 160.9;
   // cycles that dequantise an output feature's 128 inputs, per-channel and with group scales
-  double channel_dequant_cycles = 2.019;
-  double group_dequant_cycles = 3.525;
+  double channel_dequant_cycles = 2.374;
+  double group_dequant_cycles = 3.917;
   // order of the norm that joins these three, per-channel and with group scales: how well the units overlap, the
   // larger, the better
-  double channel_unit_norm = 5.52;
-  double group_unit_norm = 2.191;
+  double channel_unit_norm = 9.425;
+  double group_unit_norm = 2.414;
 
   // cycles that a ring's stage takes at least, however idle the multiprocessor is
-  double channel_stage_latency = 341.4;
-  double group_stage_latency = 673.8;
+  double channel_stage_latency = 542.4;
+  double group_stage_latency = 942.2;
   // more of them where a warpgroup has two products of 64 features
-  double channel_product_latency = 147.8;
-  double group_product_latency = 549.4;
+  double channel_product_latency = 24.92;
+  double group_product_latency = 485.6;
   // the same for the rings of single warps, which take all of a tile's features
   double warp_channel_stage_latency = 586.1;
-  double warp_group_stage_latency = 1593;
+  double warp_group_stage_latency = 1905;
   // part of the work on a stage with group scales that is done while the launch before ends, where it is dequantised
   // early
-  double ahead_fraction = 0.6025;
+  double ahead_fraction = 0.5292;
   // what dequantisation costs such warps, against others
-  double warp_dequant_fraction = 0.5715;
+  double warp_dequant_fraction = 0.8994;
   // and more cycles a stage for every token and 64 features of the tile
-  double stage_latency_per_token = 0.03068;
+  double stage_latency_per_token = 0.03636;
+  // these cycles where a warp of its own fills the ring, against rings that those who multiply fill
+  double shared_ring_fraction = 0.5561;
   // cycles from a stage's request to its arrival: a ring has all its stages on their way at most
-  double memory_latency = 2773;
+  double memory_latency = 2373;
   // order of the norm that joins the stages' latency with the units' work
-  double latency_norm = 40.37;
+  double latency_norm = 5.414;
 
   // cycles of a launch: first bytes to arrive, barriers, the last store
-  double launch_cycles = 242.9;
+  double launch_cycles = 201.5;
   // cycles of it that are hidden where the next launch's blocks find multiprocessors of their own
-  double neighbour_cycles = 2495;
+  double neighbour_cycles = 2585;
   // more cycles that reduce a cluster of two blocks, and for every further block
-  double cluster_reduction_cycles = 3321;
-  double cluster_reduction_per_block = 633.9;
+  double cluster_reduction_cycles = 2464;
+  double cluster_reduction_per_block = 693.1;
   // bytes of sums that a block sends to the others of its cluster, a cycle
-  double exchange_bytes_per_cycle = 35.75;
+  double exchange_bytes_per_cycle = 23.43;
   // the same of blocks whose rings have sums of their own
-  double depth_cluster_cycles = 1664;
-  double depth_cluster_per_block = 14.87;
-  double depth_exchange_bytes_per_cycle = 14.47;
+  double depth_cluster_cycles = 2566;
+  double depth_cluster_per_block = 13.55;
+  double depth_exchange_bytes_per_cycle = 14.3;
   // bytes of partial sums read, a cycle
-  double reduction_bytes_per_cycle = 36.73;
+  double reduction_bytes_per_cycle = 30.57;
   // outputs of the last tile that are stored, a cycle
-  double epilogue_outputs_per_cycle = 8.39;
+  double epilogue_outputs_per_cycle = 7.734;
   // cycles between a block's tiles, or around its only one; the same where its rings' sums are added
-  double wave_cycles = 4354;
-  double depth_wave_cycles = 5391;
+  double wave_cycles = 3981;
+  double depth_wave_cycles = 4037;
+  // the same between the tiles of warpgroups that take turns
+  double turn_cycles = 840.6;
   // microseconds of the second, dependent launch that adds the sums in scratch
-  double reduction_kernel_us = 2.227;
+  double reduction_kernel_us = 2.945;
   // bytes of such sums written and read in L2 by the whole GPU, a microsecond
-  double scratch_bytes_per_us = 3.299e6;
+  double scratch_bytes_per_us = 3.314e6;
   // part of its time that a block waits for each neighbour it shares activations with
-  double multicast_penalty = 0.03695;
+  double multicast_penalty = 0.06416;
 
   // part of the memory bus's rate that a product reaches
-  double bandwidth_fraction = 1.412;
+  double bandwidth_fraction = 3;
   // order of the norm that joins the bytes' time with the multiprocessors'
-  double bandwidth_norm = 1.493;
+  double bandwidth_norm = 0.9937;
 };
 
 inline constexpr Sm90Model kSm90Model{};
@@ -83,6 +89,7 @@ struct Sm90Constant {
 
 inline constexpr Sm90Constant kSm90Constants[] = {
     {"macs_per_cycle", &Sm90Model::macs_per_cycle},
+    {"turn_macs_per_cycle", &Sm90Model::turn_macs_per_cycle},
     {"feed_bytes_per_cycle", &Sm90Model::feed_bytes_per_cycle},
     {"channel_dequant_cycles", &Sm90Model::channel_dequant_cycles},
     {"group_dequant_cycles", &Sm90Model::group_dequant_cycles},
@@ -97,6 +104,7 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"ahead_fraction", &Sm90Model::ahead_fraction},
     {"warp_dequant_fraction", &Sm90Model::warp_dequant_fraction},
     {"stage_latency_per_token", &Sm90Model::stage_latency_per_token},
+    {"shared_ring_fraction", &Sm90Model::shared_ring_fraction},
     {"memory_latency", &Sm90Model::memory_latency},
     {"latency_norm", &Sm90Model::latency_norm},
     {"launch_cycles", &Sm90Model::launch_cycles},
@@ -111,6 +119,7 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"epilogue_outputs_per_cycle", &Sm90Model::epilogue_outputs_per_cycle},
     {"wave_cycles", &Sm90Model::wave_cycles},
     {"depth_wave_cycles", &Sm90Model::depth_wave_cycles},
+    {"turn_cycles", &Sm90Model::turn_cycles},
     {"reduction_kernel_us", &Sm90Model::reduction_kernel_us},
     {"scratch_bytes_per_us", &Sm90Model::scratch_bytes_per_us},
     {"multicast_penalty", &Sm90Model::multicast_penalty},

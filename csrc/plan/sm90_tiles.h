@@ -13,13 +13,15 @@ enum class Cooperation {
   // Two warpgroups, each with half of the tile's output features, read the same ring of stages, which a warp of its own
   // fills. For many tokens.
   kFeatures,
+  // Two warpgroups take turns at the block's tiles, with one ring for both: while one stores, the other multiplies. For
+  // layers of few inputs and more tiles than multiprocessors. Per-channel: with group scales a warpgroup alone does not
+  // keep up with the tensor core.
+  kPingpong,
   // Every warpgroup has a ring of its own, which it fills itself, and its part of the inputs (k); their sums are added
-  // at
-  // the end. For few tokens: no warpgroup waits for another, and no registers go to a warp that only copies.
+  // at the end. For few tokens: no warpgroup waits for another, and no registers go to a warp that only copies.
   kDepth,
   // Every warp has a ring of its own, its part of the inputs and all of the tile's 64 features, which it multiplies
-  // with
-  // mma.sync. For the fewest tokens: warps never meet before the end, and one load serves four products.
+  // with mma.sync. For the fewest tokens: warps never meet before the end, and one load serves four products.
   kWarp,
 };
 
@@ -38,10 +40,14 @@ struct Sm90Tile {
 
   // Bytes and shapes that follow from a row
   constexpr bool warp_rings() const { return cooperation == Cooperation::kWarp; }
-  constexpr bool depth_split() const { return cooperation != Cooperation::kFeatures; }
+  constexpr bool pingpong() const { return cooperation == Cooperation::kPingpong; }
+  constexpr bool takes_group_scales() const { return !pingpong(); }
+  constexpr bool depth_split() const { return cooperation == Cooperation::kDepth || warp_rings(); }
   constexpr int rings() const { return warp_rings() ? 4 * warpgroups : depth_split() ? warpgroups : 1; }
   constexpr int warpgroup_features() const { return (warp_rings() ? 16 : 64) * blocks; }
-  constexpr int features() const { return warpgroup_features() * (depth_split() ? 1 : warpgroups); }
+  constexpr int features() const {
+    return warpgroup_features() * (cooperation == Cooperation::kFeatures ? warpgroups : 1);
+  }
   constexpr int panel_features() const { return features() < 128 ? features() : 128; }  // of one copy of weights
   constexpr int activation_bytes() const { return tokens * 128; }
   // Tokens of a stage that each of `multicast` blocks loads for all of them: no more than there are. The 128-byte
@@ -150,8 +156,17 @@ inline constexpr Sm90Tile kSm90Tiles[] = {
     {"wide96",    2,  96, Cooperation::kFeatures, 2, 6, 1},
     {"wide112",   2, 112, Cooperation::kFeatures, 2, 6, 1},
     {"wide128",   2, 128, Cooperation::kFeatures, 2, 5, 1},
+    // Turns: a warpgroup's 128 features are the block's.
+    {"pingpong64",  2,  64, Cooperation::kPingpong, 2, 8, 1},
+    {"pingpong80",  2,  80, Cooperation::kPingpong, 2, 8, 1},
+    {"pingpong96",  2,  96, Cooperation::kPingpong, 2, 8, 1},
+    {"pingpong112", 2, 112, Cooperation::kPingpong, 2, 8, 1},
+    {"pingpong128", 2, 128, Cooperation::kPingpong, 2, 7, 1},
     // Wide tokens: the dequantisation of a weight serves up to 256 tokens, which hides the group scales.
+    {"deep64",    1,  64, Cooperation::kFeatures, 2, 10, 1},
+    {"deep80",    1,  80, Cooperation::kFeatures, 2, 10, 1},
     {"deep96",    1,  96, Cooperation::kFeatures, 2, 8, 1},
+    {"deep112",   1, 112, Cooperation::kFeatures, 2, 8, 1},
     {"deep128",   1, 128, Cooperation::kFeatures, 2, 7, 1},
     {"deep144",   1, 144, Cooperation::kFeatures, 2, 7, 1},
     {"deep160",   1, 160, Cooperation::kFeatures, 2, 6, 1},

@@ -299,6 +299,24 @@ TEST(Sm90Candidates, SeveralTilesOfTokensInSeveralWavesAreForSharedRings) {
   EXPECT_GT(several_tiles, 0);
 }
 
+// Warpgroups that take turns take whole tiles, per-channel; a block walks over as many as there are.
+TEST(Sm90Candidates, TurnsAreTakenAtWholeTilesPerChannel) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  int turns = 0;
+  for (const int group_size : {-1, 128}) {
+    for (const int64_t num_tokens : {1, 64, 1000}) {
+      for (const Plan& candidate : plan::sm90_candidates({num_tokens, 28672, 4096, group_size}, device)) {
+        if (!plan::kSm90Tiles[candidate.tile].pingpong()) continue;
+        ++turns;
+        EXPECT_EQ(group_size, -1) << candidate.tile_name;
+        EXPECT_EQ(candidate.split * candidate.scratch_split, 1) << candidate.tile_name;
+        EXPECT_LE(candidate.grid, device.num_sms) << candidate.tile_name;
+      }
+    }
+  }
+  EXPECT_GT(turns, 0);
+}
+
 TEST(Plan, LeavesRoomForAnotherLaunchWhereAQuarterOfTheDeviceIsFree) {
   Plan plan;
   plan.resident_blocks = 132;

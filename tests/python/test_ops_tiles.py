@@ -44,6 +44,19 @@ def test_every_candidate(monkeypatch, family, group_size, out_dtype, num_tokens,
             assert torch.equal(got, expected), f"candidate {candidate}, constant_weights={constant_weights}"
 
 
+# 33 tiles of 128 features: with up to 17 of tokens, blocks of every multiprocessor walk over several, and a ring of
+# 7 or 8 stages is somewhere else at each one's start.
+@pytest.mark.parametrize("group_size", [128, -1])
+@pytest.mark.parametrize("in_features", [128, 896, 1152, 2048])
+def test_blocks_that_walk_over_several_tiles(monkeypatch, group_size, in_features):
+    problem = reference.random_problem(1100, 4224, in_features, group_size, seed=in_features)
+    expected = marlin_qqq_gemm(*problem.arguments).cuda()
+    on_gpu = problem.to("cuda")
+    for candidate in range(count_candidates(monkeypatch, on_gpu)):
+        monkeypatch.setenv("MARLIN_QQQ_CANDIDATE", str(candidate))
+        assert torch.equal(marlin_qqq_gemm(*on_gpu.arguments), expected), f"candidate {candidate}"
+
+
 @pytest.mark.parametrize("group_size", [128, -1])
 def test_candidates_have_names_that_force_them(monkeypatch, group_size):
     problem = reference.random_problem(48, 320, 1024, group_size, seed=48).to("cuda")

@@ -20,6 +20,14 @@ enum class Variant {
   kQuantizing,
 };
 
+// Numbers of the block's named barriers (0 is __syncthreads); a warpgroup's own ones follow.
+enum NamedBarrier {
+  kStagingFree = 1,    // 1, 2: a warpgroup's output staging
+  kPartialSums = 3,    // of the whole tile, in shared memory
+  kChunksWritten = 4,  // 4 to 11: chunks of output in a warpgroup's staging
+  kTurn = 12,          // 12, 13: whose turn it is (plan::Cooperation::kPingpong)
+};
+
 // A row of plan::kSm90Tiles, whether the weights have group scales, and the variant.
 template <int kTileIndex, bool kWithGroupScales, Variant kVariant = Variant::kPlain>
 struct Config {
@@ -28,16 +36,19 @@ struct Config {
   static constexpr bool kQuantizes = kVariant == Variant::kQuantizing;
   static constexpr bool kDepthSplit = kTile.depth_split();
   static constexpr bool kWarpRings = kTile.warp_rings();
+  static constexpr bool kPingpong = kTile.pingpong();
 
   static constexpr int kBlocks = kTile.blocks;  // products of 64 features a warpgroup
   static constexpr int kTokens = kTile.tokens;
   static constexpr int kFeatures = kTile.features();  // of the thread block
   static constexpr int kWarpgroupFeatures = kTile.warpgroup_features();
+  static constexpr int kFeatureStride = kFeatures > kWarpgroupFeatures ? kWarpgroupFeatures : 0;  // between warpgroups
   static constexpr int kRings = kTile.rings();
   static constexpr int kStages = kTile.stages;
   static constexpr int kPanelFeatures = kTile.panel_features();  // weights travel in panels of this many features
   static constexpr int kPanels = kFeatures / kPanelFeatures;
   static constexpr int kConsumerThreads = 128 * kTile.warpgroups;
+  static constexpr int kReaderWarps = kPingpong ? 4 : kConsumerThreads / 32;  // of a stage that a warp of its own fills
   static constexpr int kThreads = kTile.threads();
   static constexpr int kBlocksPerSm = kTile.blocks_per_sm;
   // Stages that are dequantised before the wait. Per-channel it is too little work to be worth it.

@@ -7,22 +7,9 @@
 #include "cuda/common/elect.cuh"
 #include "cuda/common/tma.cuh"
 #include "cuda/sm90/config.cuh"
+#include "cuda/sm90/ring_position.h"
 
 namespace marlin_qqq::cuda::sm90 {
-
-// A place in the ring of stages, and the parity of its barriers' current phase.
-template <class C>
-struct RingPosition {
-  int stage = 0;
-  uint32_t phase = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == C::kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
 
 // Shared-memory addresses of one ring of stages.
 template <class C>
@@ -194,7 +181,8 @@ __device__ __forceinline__ void produce(const Parameters& p, const Ring<C>& ring
   fill.early();
   wait_for_previous_kernel();
   fill.rest(multicast);
-  RingPosition<C> position = {fill.stages % C::kStages, static_cast<uint32_t>(fill.stages / C::kStages)};
+  RingPosition<C::kStages> position;
+  position.skip(fill.stages);
   int block = tile.stage_begin + fill.stages;
   do {
     for (; block < tile.stage_end; ++block) {

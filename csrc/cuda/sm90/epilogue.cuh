@@ -6,6 +6,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "cuda/common/barrier.cuh"
 #include "cuda/common/cluster.cuh"
 #include "cuda/common/output.cuh"
@@ -62,9 +64,8 @@ __device__ __forceinline__ void fetch_token_scales(const Parameters& p, uint32_t
   }
 }
 
-// A chunk of a warpgroup's outputs, as the threads hold them: pairs[i][j][b] are two neighbouring features of token 8 *
-// i
-// + lane / 4 of the chunk.
+// A chunk of a warpgroup's outputs, as the threads hold them: pairs[i][j][b] are two neighbouring features of token
+// 8 * i + lane / 4 of the chunk.
 template <class C>
 struct OutputChunk {
   static constexpr int kOctets = C::kStoreTokens / 8;
@@ -137,8 +138,8 @@ struct OutputChunk {
 // which have started to fetch its token scales.
 template <class C, bool kHasBias, bool kBFloat16, bool kExchanged>
 __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging, uint32_t token_scales,
-                                           const FeatureFactors<C>& factors, int token, int feature, int warpgroup,
-                                           int warp, int lane, const Exchange<C>& exchange,
+                                           const FeatureFactors<C>& factors, const WorkTile& tile, int feature,
+                                           int warpgroup, int warp, int lane,
                                            int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
   constexpr int kBuffers = C::kStoreBuffers;
   // Chunks that go to the copy engine together: each time, the threads wait for their writes to shared memory.
@@ -149,10 +150,12 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
 
   copy_async_wait_all();
   if (leader) tma_store_wait_read<0>();
-  named_barrier_sync(1 + warpgroup, 128);  // all threads' token scales are there, and all buffers are free
+  named_barrier_sync(kStagingFree + warpgroup, 128);  // all threads' token scales are there, and all buffers are free
   // Chunks are sent some ahead of those that are finished: the network between the blocks and the arithmetic work at
   // the same time.
   constexpr int kAhead = C::kChunks < 4 ? C::kChunks : 4;
+  // Not set up where there is none: its divisions would stand between a block's tiles.
+  const std::conditional_t<kExchanged, Exchange<C>, NoExchange> exchange(p, staging, tile);
   typename Exchange<C>::Turn turn;
   typename Exchange<C>::Turn turn_ahead;
   if constexpr (kExchanged) {
@@ -187,7 +190,7 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
     // The store that last read this buffer was kGroups groups ago.
     if (place >= kBuffers && place % kGroup == 0) {
       if (leader) tma_store_wait_read<kGroups - 1>();
-      named_barrier_sync(1 + warpgroup, 128);
+      named_barrier_sync(kStagingFree + warpgroup, 128);
     }
     output.stage(warpgroup_staging + place % kBuffers * C::kChunkBytes, warp, lane);
     // The next chunk is converted while this one is on its way to shared memory.
@@ -198,7 +201,7 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
     if (place % kGroup != kGroup - 1 && chunk + 1 < C::kChunks) continue;
     // The first warp hands the group to the copy engine when all have written it; the others go on.
     async_proxy_fence();
-    const int written = 4 + warpgroup * kGroups + place / kGroup % kGroups;
+    const int written = kChunksWritten + warpgroup * kGroups + place / kGroup % kGroups;
     if (warp == 0) {
       named_barrier_sync(written, 128);
     } else {
@@ -207,7 +210,7 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
     if (leader) {
 #pragma unroll
       for (int back = place % kGroup; back >= 0; --back) {
-        const int row = token + (chunk - back) * C::kStoreTokens;
+        const int row = tile.token + (chunk - back) * C::kStoreTokens;
         const uint32_t source = warpgroup_staging + (place - back) % kBuffers * C::kChunkBytes;
 #pragma unroll
         for (int panel = 0; panel < C::kBlocks; ++panel) {
@@ -225,7 +228,7 @@ __device__ __forceinline__ void store_partial(uint32_t partial, int warpgroup, i
                                               const int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
   constexpr int kPitch = C::kPartialPitch;
   const int copy = C::kWarpRings ? 4 * warpgroup + warp : C::kDepthSplit ? warpgroup : 0;
-  const int first_feature = C::kDepthSplit ? 0 : warpgroup * C::kWarpgroupFeatures;
+  const int first_feature = warpgroup * C::kFeatureStride;
 #pragma unroll
   for (int j = 0; j < C::kBlocks; ++j) {
 #pragma unroll

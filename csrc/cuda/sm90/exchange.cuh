@@ -97,4 +97,9 @@ struct Exchange {
   }
 };
 
+// Of a tile that no cluster shares.
+struct NoExchange {
+  __device__ __forceinline__ NoExchange(const Parameters&, uint32_t, const WorkTile&) {}
+};
+
 }  // namespace marlin_qqq::cuda::sm90

@@ -19,7 +19,9 @@ Kernel kernel_of() {
   template marlin_qqq::cuda::sm90::Kernel marlin_qqq::cuda::sm90::kernel_of< \
       marlin_qqq::plan::sm90_tile_index(name), grouped, marlin_qqq::cuda::sm90::Variant::variant>();
 
+#define MARLIN_QQQ_INSTANTIATE_SM90_PER_CHANNEL(name) MARLIN_QQQ_INSTANTIATE_SM90_VARIANT(name, false, kPlain)
+
 // Both scale modes.
-#define MARLIN_QQQ_INSTANTIATE_SM90(name)                  \
-  MARLIN_QQQ_INSTANTIATE_SM90_VARIANT(name, false, kPlain) \
+#define MARLIN_QQQ_INSTANTIATE_SM90(name)       \
+  MARLIN_QQQ_INSTANTIATE_SM90_PER_CHANNEL(name) \
   MARLIN_QQQ_INSTANTIATE_SM90_VARIANT(name, true, kPlain)

@@ -22,10 +22,10 @@ __device__ __forceinline__ void finish_partial(const Parameters& p, uint32_t sha
   const int column = tile.feature + 4 * static_cast<int>(threadIdx.x % (C::kFeatures / 4));
   const ColumnFactors factors(p.channel_scale, p.bias, min(column, p.out_features - 4), p.output_is_bfloat16);
   const bool exchanges = C::kDepthSplit && cluster_size > 1;
-  named_barrier_sync(3, C::kConsumerThreads);  // all warpgroups are done with the stages
+  named_barrier_sync(kPartialSums, C::kConsumerThreads);  // all warpgroups are done with the stages
   if (exchanges) cluster_arrive();
   store_partial<C>(shared + C::kPartialOffset, warpgroup, warp, lane, sums);
-  named_barrier_sync(3, C::kConsumerThreads);
+  named_barrier_sync(kPartialSums, C::kConsumerThreads);
   if (exchanges) cluster_wait();  // the cluster's blocks are done with theirs
   reduce_tile<C>(p, shared, tile, factors, C::kDepthSplit ? block_rank : 0, threadIdx.x);
 }
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
       const auto ring = Ring<C>::of(shared, r);
       for (int stage = 0; stage < C::kStages; ++stage) {
         barrier_init(ring.full(stage), 1);
-        barrier_init(ring.empty(stage), C::kDepthSplit ? 1 : C::kConsumerThreads / 32 * p.multicast);
+        barrier_init(ring.empty(stage), C::kDepthSplit ? 1 : C::kReaderWarps * p.multicast);
       }
     }
     for (int i = 0; i < C::kTile.exchange_barriers(); ++i) barrier_init(shared + C::kExchangeBarrierOffset + 8 * i, 1);
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
     const int ring_index = C::kWarpRings ? warp : C::kDepthSplit ? warpgroup : 0;
     const auto ring = Ring<C>::of(shared, ring_index);
     auto next_tile = tile_walk();
-    RingPosition<C> position;
+    RingPosition<C::kStages> position;
     WorkTile tile;
     int32_t sums[C::kBlocks][C::kTokens / 2];
     if constexpr (C::kDepthSplit) {
@@ -118,7 +118,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
         ahead.dequantize(ring, lane, fill.ahead);
       }
       if constexpr (C::kQuantizes) {
-        __syncwarp();
         wait_for_previous_kernel();
         const auto quantize = [&](auto row) {
           row.load();  // ahead of the rest of the weights, which take the same way
@@ -151,7 +150,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
           const int last_token = C::kQuantizes ? p.num_tokens - 1 : C::kTokens - 1;
           consume_in_warp<C>(ring, tile, lane, ahead, rows, last_token, refill, sums);
         } else {
-          consume<C>(ring, position, tile, WeightReader<C>(warpgroup, warp % 4, lane), refill, sums);
+          consume<C>(
+              ring, position, tile, WeightReader<C>(warpgroup, warp % 4, lane), refill, [] {}, sums);
         }
       } else {
 #pragma unroll
@@ -167,8 +167,19 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
       const uint32_t both_token_scales = shared + C::kTokenScaleOffset + 2 * 4 * C::kTokens * warpgroup;
       uint32_t odd_tile = 0;
       wait_for_previous_kernel();
+      // Of two warpgroups that take turns, each leaves every other tile and its stages in the ring to the other.
+      const auto other_has_tile = [&] {
+        WorkTile other;
+        return C::kPingpong && next_tile(other);
+      };
+      bool waits_for_turn = C::kPingpong && warpgroup == 1;
+      if (waits_for_turn && other_has_tile()) position.skip(p.stage_count);
       while (next_tile(tile)) {
-        const int first_feature = tile.feature + warpgroup * C::kWarpgroupFeatures;
+        const bool other_follows = other_has_tile();
+        const auto pass_turn = [&] {
+          if (other_follows) named_barrier_arrive(kTurn + 1 - warpgroup, C::kConsumerThreads);
+        };
+        const int first_feature = tile.feature + warpgroup * C::kFeatureStride;
         // A warp may be one tile ahead of another, which still reads that tile's token scales.
         const uint32_t token_scales = both_token_scales + 4 * C::kTokens * odd_tile;
         odd_tile ^= 1;
@@ -177,18 +188,19 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
           factors.load(p, first_feature, warp % 4, lane);
           fetch_token_scales<C>(p, token_scales, tile.token);
         }
-        if (p.split > 1 && threadIdx.x == 0) Exchange<C>(p, shared, tile).expect();
-        consume<C>(ring, position, tile, reader, release, sums);
-        if (p.scratch_split > 1) {
+        if (!C::kPingpong && p.split > 1 && threadIdx.x == 0) Exchange<C>(p, shared, tile).expect();
+        if (waits_for_turn) named_barrier_sync(kTurn + warpgroup, C::kConsumerThreads);
+        waits_for_turn = C::kPingpong;
+        consume<C>(ring, position, tile, reader, release, pass_turn, sums);
+        if (!C::kPingpong && p.scratch_split > 1) {
           finish_partial<C>(p, shared, tile, cluster_size, block_rank, warpgroup, warp % 4, lane, sums);
         } else {
-          const Exchange<C> exchange(p, shared, tile);
           const auto store = [&](auto kHasBias, auto kBFloat16, auto kExchanged) {
-            store_tile<C, kHasBias, kBFloat16, kExchanged>(p, shared, token_scales, factors, tile.token, first_feature,
-                                                           warpgroup, warp % 4, lane, exchange, sums);
+            store_tile<C, kHasBias, kBFloat16, kExchanged>(p, shared, token_scales, factors, tile, first_feature,
+                                                           warpgroup, warp % 4, lane, sums);
           };
           using std::false_type, std::true_type;
-          if (p.split > 1) {
+          if (!C::kPingpong && p.split > 1) {
             cluster_arrive();
             cluster_wait();  // all blocks are done with their stages
             p.output_is_bfloat16 ? store(true_type{}, true_type{}, true_type{})
@@ -201,6 +213,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
                                  : store(false_type{}, false_type{}, false_type{});
           }
         }
+        if (other_follows) position.skip(p.stage_count);
       }
       if (threadIdx.x % 128 == 0) tma_store_wait_all();
     }

@@ -19,8 +19,7 @@ struct WeightReader {
   uint32_t scale_offset;   // of the thread's first pair of scales in a stage
 
   __device__ __forceinline__ WeightReader(int warpgroup, int warp, int lane) {
-    const int feature =
-        (C::kDepthSplit ? 0 : warpgroup * C::kWarpgroupFeatures) + chunk_feature<C::kBlocks>(warp, lane / 8);
+    const int feature = warpgroup * C::kFeatureStride + chunk_feature<C::kBlocks>(warp, lane / 8);
     const int panel = feature / C::kPanelFeatures;
     const int tile_of_panel = feature % C::kPanelFeatures / 64;
     const int chunk = feature % 64 / 16;
@@ -163,11 +162,13 @@ struct StageRefill {
 //
 // Three things run at once: the tensor core multiplies step s, the dequantisation prepares s + 1, and shared memory
 // delivers the packed words of s + 2.
-// `stage_is_free(stage)` is called once for every stage that has been read.
-template <class C, class StageIsFree>
-__device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C>& position, const WorkTile& tile,
+// `stage_is_free(stage)` is called once for every stage that has been read. `pass_turn()` is called when no more stages
+// are left than the ring may hold beside the first one of the block's next tile, which the other warpgroup takes
+// (Cooperation::kPingpong): if it began to wait earlier, its barrier's parity could be that of an earlier round.
+template <class C, class StageIsFree, class PassTurn>
+__device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C::kStages>& position, const WorkTile& tile,
                                         const WeightReader<C>& reader, StageIsFree& stage_is_free,
-                                        int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
+                                        const PassTurn& pass_turn, int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
   static_assert(kSteps % 2 == 0, "the double buffers must return to their start with each stage");
   PackedStep<C> packed[2];
   Operands<C> operands[2];
@@ -184,6 +185,7 @@ __device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C>& po
   for (int j = 0; j < C::kBlocks; ++j) keep_in_place(sums[j]);
   int32_t accumulate = 0;
   int previous_stage = -1;
+  const int last_stages = min(tile.stage_end - tile.stage_begin, C::kStages - 1);
   for (int left = tile.stage_end - tile.stage_begin; left > 0; --left) {
     const int stage = position.stage;
     const uint64_t activations = swizzled_descriptor(ring.activations(stage));
@@ -191,11 +193,11 @@ __device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C>& po
     // After the last stage it is the last one's words that are read ahead, once more and for nothing: cheaper than a
     // branch at every place that reads ahead.
     if (left > 1) position.advance();
+    if (C::kPingpong && left == last_stages) pass_turn();
     uint32_t next_weights = ring.weights(position.stage) + reader.weight_offset;
     uint32_t next_scales = ring.scales(position.stage) + reader.scale_offset;
     asm volatile("" : "+r"(next_weights), "+r"(next_scales));  // kept, not computed anew for every load
     bool next_is_full = false;
-    bool stage_is_read = true;  // and not yet told so
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       wgmma_fence();
@@ -221,7 +223,6 @@ __device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C>& po
           // The stage that was read is filled again while the warpgroup waits for the next one.
           wgmma_wait<0>();
           stage_is_free(stage);
-          stage_is_read = false;
           barrier_wait(ring.full(position.stage), position.phase);
           fetch_packed_scales<C>(packed_scales, next_scales);
           fetch_step<C>(packed[0], next_weights, 0);
@@ -237,7 +238,7 @@ __device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C>& po
       dequantize_step<C, true>(operands[(step + 1) % 2], packed[(step + 1) % 2], scales);
       if (step == 0 && previous_stage >= 0) stage_is_free(previous_stage);
     }
-    previous_stage = stage_is_read ? stage : -1;
+    previous_stage = !C::kDepthSplit || next_is_full ? stage : -1;  // else it has been told already
   }
   position.advance();
   wgmma_wait<0>();

@@ -1,4 +1,4 @@
-// The compiled Hopper kernels: of every row of plan::kSm90Tiles both scale modes, and the variants that there are.
+// The compiled Hopper kernels: of every row of plan::kSm90Tiles the scale modes and variants that there are.
 #pragma once
 
 #include "cuda/sm90/config.cuh"
@@ -10,7 +10,7 @@ using Kernel = void (*)(const Parameters);
 constexpr bool kernel_exists(const plan::Sm90Tile& tile, bool grouped, Variant variant) {
   switch (variant) {
     case Variant::kPlain:
-      return true;
+      return !grouped || tile.takes_group_scales();
     case Variant::kAhead:
       return grouped && tile.stages_ahead() > 0;
     case Variant::kQuantizing:

@@ -78,7 +78,7 @@ __device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, const WorkT
   const uint32_t token_row = min(lane % 8, last_token);
   const uint32_t piece = lane / 8;
   WarpTokens<C> tokens;
-  RingPosition<C> position;
+  RingPosition<C::kStages> position;
 #pragma unroll
   for (int early = 0; early < C::kStagesAhead; ++early) {
     if (early >= ahead.count) break;

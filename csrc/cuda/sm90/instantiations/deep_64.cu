@@ -1,0 +1,5 @@
+#include "cuda/sm90/instantiate.cuh"
+
+MARLIN_QQQ_INSTANTIATE_SM90("deep64")
+MARLIN_QQQ_INSTANTIATE_SM90("deep80")
+MARLIN_QQQ_INSTANTIATE_SM90("deep112")
