@@ -25,8 +25,9 @@ FUNCTION = re.compile(r"Function : (\S+)")
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);")
 BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
 PRODUCT = re.compile(r"\bIG?MMA\b")
-# What one copy's barrier or coordinate may need where a stage is filled again, which warpgroups do in two places.
-MOST_MOVES = 2
+# What the copies' barriers, targets and coordinates may need where a stage is filled again, which warpgroups do in two
+# places. Descriptors of products that left the uniform registers are sixteen and more.
+MOST_MOVES = 8
 
 Code = list[tuple[int, str]]  # address, instruction
 

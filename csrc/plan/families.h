@@ -16,6 +16,11 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
 double sm90_estimated_us(const Problem& problem, const DeviceProperties& device, const Plan& plan,
                          const Sm90Model& model);
 
+// Stages of every ring that a launch dequantises while the launch before it ends, if the weights are constant. With
+// group scales only, where that is the larger part of a short product, and only where there is time for it: warps need
+// a quarter of the device beside them, warpgroups, which wait for more activations, a half.
+int sm90_stages_ahead(const Problem& problem, const Plan& plan);
+
 // The largest problem the kernels' 32-bit coordinates take.
 inline constexpr int64_t kLargestExtent = int64_t{1} << 30;
 

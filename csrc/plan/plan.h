@@ -59,6 +59,8 @@ struct Plan {
 
   // Whether another launch finds multiprocessors of its own beside this one (sm90).
   bool leaves_room() const { return 4 * grid < 3 * resident_blocks; }
+  // Whether two such launches run side by side.
+  bool leaves_half() const { return 2 * grid <= resident_blocks; }
 };
 
 struct TileDescription {

@@ -33,6 +33,12 @@ double quantization_us(const Problem& problem, const DeviceProperties& device, c
 
 }  // namespace
 
+int sm90_stages_ahead(const Problem& problem, const Plan& plan) {
+  const Sm90Tile& tile = kSm90Tiles[plan.tile];
+  const bool room = tile.warp_rings() ? plan.leaves_room() : plan.leaves_half();
+  return problem.group_size > 0 && room ? tile.stages_ahead() : 0;
+}
+
 double sm90_estimated_us(const Problem& problem, const DeviceProperties& device, const Plan& plan,
                          const Sm90Model& model) {
   const Sm90Tile& tile = kSm90Tiles[plan.tile];
@@ -69,7 +75,7 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
                model.memory_latency / tile.stages);
   const double ring_stages = std::ceil(stages / tile.rings());
   // Of a ring's stages, what is dequantised while the launch before ends.
-  const double ahead = grouped && plan.leaves_room() ? std::min<double>(ring_stages, tile.stages_ahead()) : 0.0;
+  const double ahead = std::min<double>(ring_stages, sm90_stages_ahead(problem, plan));
   const double mainloop =
       norm(rounds * stages * overlapped(slice, grouped ? model.group_unit_norm : model.channel_unit_norm),
            waves * ring_stages * latency, model.latency_norm) *

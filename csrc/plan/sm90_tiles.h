@@ -1,5 +1,6 @@
 // The tiles of the Hopper kernel: the planner's candidates and the kernel's instantiations both come from this table.
-// To add a tile, add a row here and name it in one file of cuda/sm90/instantiations/ (kWarp: in warp_ahead.cu, too).
+// To add a tile, add a row here and name it in one file of cuda/sm90/instantiations/ (and in an ..._ahead.cu where
+// stages_ahead() is not zero).
 #pragma once
 
 #include <cstddef>
@@ -91,9 +92,13 @@ struct Sm90Tile {
     return 8 * (2 * stages * rings() + exchange_barriers()) + token_scale_bytes() + 1024 + 64;
   }
   constexpr int shared_memory_bytes() const { return staging_bytes() + pipeline_bytes() + fixed_bytes(); }
-  // Stages of a ring that are dequantised, with group scales, while the kernel before this one ends
-  // (Plan::leaves_room).
-  constexpr int stages_ahead() const { return warp_rings() ? 2 : 0; }
+  // Stages of a ring that are dequantised, with group scales, while the kernel before this one ends (see
+  // sm90_stages_ahead). For warpgroups where `warp` tiles do not do it better (up to 32 tokens), and where a
+  // quantisation's block still fits beside them (up to 80).
+  constexpr int stages_ahead() const {
+    const bool narrow = cooperation == Cooperation::kDepth && blocks == 1;
+    return warp_rings() || (narrow && tokens > 32 && tokens <= 80) ? 2 : 0;
+  }
   // Whether there is a kernel that quantises its activations, and the shared memory that it needs besides: the int8
   // rows of a block's stages, the tokens' scales and a largest magnitude a warp, and the alignment of the rows.
   constexpr bool can_quantize() const { return warp_rings() && tokens == 8; }

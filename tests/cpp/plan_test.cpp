@@ -324,6 +324,30 @@ TEST(Plan, LeavesRoomForAnotherLaunchWhereAQuarterOfTheDeviceIsFree) {
   EXPECT_TRUE(plan.leaves_room());
   plan.grid = 99;
   EXPECT_FALSE(plan.leaves_room());
+  EXPECT_FALSE(plan.leaves_half());
+  plan.grid = 66;
+  EXPECT_TRUE(plan.leaves_half());
+  plan.grid = 67;
+  EXPECT_FALSE(plan.leaves_half());
+}
+
+TEST(Sm90StagesAhead, WhereAnotherLaunchHasItsPartOfTheDeviceAndWeightsHaveGroupScales) {
+  Plan plan;
+  plan.resident_blocks = 132;
+  const auto stages = [&plan](std::string_view tile, int grid, int group_size) {
+    plan.tile = plan::sm90_tile_index(tile);
+    plan.grid = grid;
+    return plan::sm90_stages_ahead({16, 64 * grid, 4096, group_size}, plan);
+  };
+  EXPECT_EQ(stages("warp16", 98, 128), 2);
+  EXPECT_EQ(stages("warp16", 99, 128), 0);
+  EXPECT_EQ(stages("warp16", 98, -1), 0);
+  EXPECT_EQ(stages("narrow64", 66, 128), 2);
+  EXPECT_EQ(stages("narrow64", 67, 128), 0);
+  EXPECT_EQ(stages("narrow64", 66, -1), 0);
+  EXPECT_EQ(stages("narrow32", 66, 128), 0) << "for so few tokens warps are better";
+  EXPECT_EQ(stages("narrow96", 66, 128), 0) << "no room for a quantisation beside it";
+  EXPECT_EQ(stages("deep64", 64, 128), 0) << "another warp fills its ring";
 }
 
 TEST(Sm90Tile, TheRowsThatAreLoadedHoldTheTokensAndStayInTheTile) {

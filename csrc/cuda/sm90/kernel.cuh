@@ -112,10 +112,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
       const bool fills = C::kWarpRings || warp % 4 == 0;
       RingFill<C> fill(p, ring, tile);
       if (fills && elect_thread()) fill.early();
+      // A warp of its own has no part in what the others of its warpgroup do.
+      const WeightReader<C> reader(C::kWarpRings ? 0 : warpgroup, C::kWarpRings ? 0 : warp % 4, lane);
       StagesAhead<C> ahead;
-      if constexpr (C::kWarpRings) {
+      if constexpr (C::kStagesAhead > 0) {
         __syncwarp();
-        ahead.dequantize(ring, lane, fill.ahead);
+        ahead.dequantize(ring, reader, fill.ahead);
       }
       if constexpr (C::kQuantizes) {
         wait_for_previous_kernel();
@@ -130,14 +132,18 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
         } else {
           quantize(TokenRow<C, __half>(p, warp, lane));
         }
-        // ptxas no longer knows that the warp agrees on these, and would copy with a loop over its threads.
-        tile.stage_begin = __reduce_max_sync(~0u, tile.stage_begin);
-        tile.stage_end = __reduce_max_sync(~0u, tile.stage_end);
-        ahead.count = __reduce_max_sync(~0u, ahead.count);
       } else {
         wait_for_previous_kernel();
         if (fills && elect_thread()) fill.rest({1, 0, 0, 0});
         __syncwarp();
+      }
+      if constexpr (C::kQuantizes || (C::kStagesAhead > 0 && !C::kWarpRings)) {
+        // ptxas no longer knows that the warp agrees on these, and would copy with a loop over its threads.
+        tile.token = __reduce_max_sync(~0u, tile.token);
+        tile.feature = __reduce_max_sync(~0u, tile.feature);
+        tile.stage_begin = __reduce_max_sync(~0u, tile.stage_begin);
+        tile.stage_end = __reduce_max_sync(~0u, tile.stage_end);
+        ahead.count = __reduce_max_sync(~0u, ahead.count);
       }
       if (tile.stage_begin < tile.stage_end) {
         StageRefill<C> refill{p, ring, tile, tile.stage_begin + C::kStages, fills};
@@ -151,7 +157,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
           consume_in_warp<C>(ring, tile, lane, ahead, rows, last_token, refill, sums);
         } else {
           consume<C>(
-              ring, position, tile, WeightReader<C>(warpgroup, warp % 4, lane), refill, [] {}, sums);
+              ring, position, tile, reader, ahead, refill, [] {}, sums);
         }
       } else {
 #pragma unroll
@@ -191,7 +197,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
         if (!C::kPingpong && p.split > 1 && threadIdx.x == 0) Exchange<C>(p, shared, tile).expect();
         if (waits_for_turn) named_barrier_sync(kTurn + warpgroup, C::kConsumerThreads);
         waits_for_turn = C::kPingpong;
-        consume<C>(ring, position, tile, reader, release, pass_turn, sums);
+        consume<C>(ring, position, tile, reader, StagesAhead<C>(), release, pass_turn, sums);
         if (!C::kPingpong && p.scratch_split > 1) {
           finish_partial<C>(p, shared, tile, cluster_size, block_rank, warpgroup, warp % 4, lane, sums);
         } else {

@@ -11,6 +11,7 @@
 #include "cuda/sm90/reduction.cuh"
 #include "cuda/sm90/registry.h"
 #include "format/divide_up.h"
+#include "plan/families.h"
 
 namespace marlin_qqq::cuda::sm90 {
 namespace {
@@ -56,21 +57,22 @@ cudaError_t allow_shared_memory_of(int tile, bool grouped, Variant variant) {
 // but it is in the way of that kernel's last loads and of the quantisation, which the product then waits for.
 //
 // Group scales make a short product wait for its dequantisation. Where another launch has the other half of the device,
-// this one's blocks wait long enough to do the first stages' meanwhile. Elsewhere the weights arrive too late for that,
-// and what is fetched after the wait would then be asked for late.
-void plan_early_fetch(Parameters& p, const plan::Sm90Tile& tile, const plan::Plan& plan, int64_t num_tokens,
-                      bool grouped, bool constant_weights) {
+// this one's blocks wait long enough to do the first stages' meanwhile (plan::sm90_stages_ahead). Elsewhere the weights
+// arrive too late for that, and what is fetched after the wait would then be asked for late.
+void plan_early_fetch(Parameters& p, const plan::Sm90Tile& tile, const plan::Plan& plan, const plan::Problem& problem,
+                      bool constant_weights) {
+  const bool grouped = problem.group_size > 0;
   p.early_blocks = plan.resident_blocks;
   p.early_into_ring = constant_weights;
-  p.dequantizes_early = constant_weights && grouped && plan.leaves_room();
+  p.dequantizes_early = constant_weights && plan::sm90_stages_ahead(problem, plan) > 0;
   if (!constant_weights) {
     // To L2 it is a second pass through L2. Few or none where the kernel before is on the other half of the device, for
     // it is fetching its own weights at that moment.
     p.early_stages = !plan.leaves_room() ? 2 : grouped ? 1 : 0;
-  } else if (num_tokens <= 32) {
+  } else if (problem.num_tokens <= 32) {
     p.early_stages = tile.warp_rings() ? 3 : 4;
   } else {
-    p.early_stages = num_tokens <= 96 && !grouped ? 4 : 2;
+    p.early_stages = problem.num_tokens <= 96 && !grouped ? 4 : 2;
   }
 }
 
@@ -114,7 +116,7 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
     error = encode_tensor_map(&p.output, ElementType::kUInt16, arguments.output, tokens, features, tile.store_tokens(),
                               64, /*swizzle=*/true);
   }
-  plan_early_fetch(p, tile, plan, problem.num_tokens, grouped, arguments.constant_weights);
+  plan_early_fetch(p, tile, plan, problem, arguments.constant_weights);
   const bool ahead = p.dequantizes_early && kernel_exists(tile, grouped, Variant::kAhead);
   const Variant variant = plan.quantizes ? Variant::kQuantizing : ahead ? Variant::kAhead : Variant::kPlain;
   if (error == cudaSuccess) error = allow_shared_memory_of(plan.tile, grouped, variant);

@@ -116,6 +116,33 @@ __device__ __forceinline__ void dequantize_step(Operands<C>& operands, const Pac
   }
 }
 
+// The first stages of a ring, dequantised into registers while its reader waits for the kernel before: with group
+// scales that is most of the work of a short product.
+template <class C>
+struct StagesAhead {
+  Operands<C> operands[C::kStagesAhead > 0 ? C::kStagesAhead : 1][kSteps];
+  int count = 0;
+
+  __device__ __forceinline__ void dequantize(const Ring<C>& ring, const WeightReader<C>& reader, int stages) {
+    count = stages;
+#pragma unroll
+    for (int stage = 0; stage < C::kStagesAhead; ++stage) {
+      if (stage >= count) break;
+      barrier_wait(ring.early_weights(stage), 0);
+      PackedScales<C> packed_scales;
+      Scales<C> scales;
+      fetch_packed_scales<C>(packed_scales, ring.scales(stage) + reader.scale_offset);
+      prepare_scales<C>(scales, packed_scales);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        PackedStep<C> packed;
+        fetch_step<C>(packed, ring.weights(stage) + reader.weight_offset, step);
+        dequantize_step<C, !C::kWarpRings>(operands[stage][step], packed, scales);
+      }
+    }
+  }
+};
+
 // Where this thread tells the producers that a stage has been read: thread `lane` of a warp tells block `lane` of those
 // that write into the stage; the others tell nobody (zeros).
 struct StageRelease {
@@ -167,9 +194,41 @@ struct StageRefill {
 // (Cooperation::kPingpong): if it began to wait earlier, its barrier's parity could be that of an earlier round.
 template <class C, class StageIsFree, class PassTurn>
 __device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C::kStages>& position, const WorkTile& tile,
-                                        const WeightReader<C>& reader, StageIsFree& stage_is_free,
-                                        const PassTurn& pass_turn, int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
+                                        const WeightReader<C>& reader, const StagesAhead<C>& ahead,
+                                        StageIsFree& stage_is_free, const PassTurn& pass_turn,
+                                        int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
   static_assert(kSteps % 2 == 0, "the double buffers must return to their start with each stage");
+#pragma unroll
+  for (int j = 0; j < C::kBlocks; ++j) keep_in_place(sums[j]);
+  int32_t accumulate = 0;
+  const auto multiply = [&](const Operands<C>& operands, uint64_t activations) {
+    wgmma_fence();
+#pragma unroll
+    for (int j = 0; j < C::kBlocks; ++j) {
+      WgmmaInt8<C::kTokens>::issue(sums[j], operands.a[j], activations, accumulate);
+    }
+    accumulate = 1;
+    wgmma_commit();
+  };
+#pragma unroll
+  for (int early = 0; early < C::kStagesAhead; ++early) {
+    if (early >= ahead.count) break;
+    barrier_wait(ring.full(early), 0);
+    const uint64_t activations = swizzled_descriptor(ring.activations(early));
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      multiply(ahead.operands[early][step], activations + step * kDescriptorStep32);
+    }
+    wgmma_wait<0>();
+    stage_is_free(early);
+  }
+  position.skip(ahead.count);
+  const int stages = tile.stage_end - tile.stage_begin - ahead.count;
+  if (C::kStagesAhead > 0 && stages <= 0) {
+#pragma unroll
+    for (int j = 0; j < C::kBlocks; ++j) keep_in_place(sums[j]);
+    return;
+  }
   PackedStep<C> packed[2];
   Operands<C> operands[2];
   Scales<C> scales;
@@ -180,13 +239,9 @@ __device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C::kSt
   fetch_step<C>(packed[1], ring.weights(position.stage) + reader.weight_offset, 1);
   prepare_scales<C>(scales, packed_scales);
   dequantize_step<C, true>(operands[0], packed[0], scales);
-
-#pragma unroll
-  for (int j = 0; j < C::kBlocks; ++j) keep_in_place(sums[j]);
-  int32_t accumulate = 0;
   int previous_stage = -1;
-  const int last_stages = min(tile.stage_end - tile.stage_begin, C::kStages - 1);
-  for (int left = tile.stage_end - tile.stage_begin; left > 0; --left) {
+  const int last_stages = min(stages, C::kStages - 1);
+  for (int left = stages; left > 0; --left) {
     const int stage = position.stage;
     const uint64_t activations = swizzled_descriptor(ring.activations(stage));
     const uint32_t weights = ring.weights(stage) + reader.weight_offset;
@@ -200,14 +255,7 @@ __device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C::kSt
     bool next_is_full = false;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      wgmma_fence();
-#pragma unroll
-      for (int j = 0; j < C::kBlocks; ++j) {
-        WgmmaInt8<C::kTokens>::issue(sums[j], operands[step % 2].a[j], activations + step * kDescriptorStep32,
-                                     accumulate);
-      }
-      accumulate = 1;
-      wgmma_commit();
+      multiply(operands[step % 2], activations + step * kDescriptorStep32);
 
       // The words of the step after the next, also of the next stage if that is there
       if (step + 2 < kSteps) {

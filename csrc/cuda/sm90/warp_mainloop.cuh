@@ -8,33 +8,6 @@
 
 namespace marlin_qqq::cuda::sm90 {
 
-// The first stages of a ring, dequantised into registers while the warp waits for the kernel before: with group scales
-// that is most of the work of a short product.
-template <class C>
-struct StagesAhead {
-  Operands<C> operands[C::kStagesAhead > 0 ? C::kStagesAhead : 1][kSteps];
-  int count = 0;
-
-  __device__ __forceinline__ void dequantize(const Ring<C>& ring, int lane, int stages) {
-    count = stages;
-#pragma unroll
-    for (int stage = 0; stage < C::kStagesAhead; ++stage) {
-      if (stage >= count) break;
-      barrier_wait(ring.early_weights(stage), 0);
-      PackedScales<C> packed_scales;
-      Scales<C> scales;
-      fetch_packed_scales<C>(packed_scales, ring.scales(stage) + 16 * (lane / 4));
-      prepare_scales<C>(scales, packed_scales);
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        PackedStep<C> packed;
-        fetch_step<C>(packed, ring.weights(stage) + 16 * lane, step);
-        dequantize_step<C, false>(operands[stage][step], packed, scales);
-      }
-    }
-  }
-};
-
 // The activations of two steps, for every octet of tokens, and their products.
 template <class C>
 struct WarpTokens {
