@@ -299,6 +299,19 @@ TEST(Sm90Candidates, SeveralTilesOfTokensInSeveralWavesAreForSharedRings) {
   EXPECT_GT(several_tiles, 0);
 }
 
+TEST(Sm90Candidates, FewTokensOfFewInputsAreForRingsOfPartsOfTheInputs) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  const auto shares_a_ring = [&device](int64_t num_tokens, int64_t in_features) {
+    const std::vector<Plan> candidates = plan::sm90_candidates({num_tokens, 8192, in_features, -1}, device);
+    EXPECT_FALSE(candidates.empty());
+    return std::ranges::any_of(candidates,
+                               [](const Plan& candidate) { return !plan::kSm90Tiles[candidate.tile].depth_split(); });
+  };
+  EXPECT_FALSE(shares_a_ring(48, 1536));
+  EXPECT_TRUE(shares_a_ring(49, 1536));
+  EXPECT_TRUE(shares_a_ring(48, 1664));
+}
+
 // Warpgroups that take turns take whole tiles, per-channel; a block walks over as many as there are.
 TEST(Sm90Candidates, TurnsAreTakenAtWholeTilesPerChannel) {
   const DeviceProperties device = plan::reference_device("sm_90");
