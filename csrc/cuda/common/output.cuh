@@ -1,5 +1,4 @@
-// The epilogue's arithmetic, in the contract's order: sum x channel scale x token scale (+ bias), each step rounded to
-// fp32, then one rounding to the output type. No fused multiply-add.
+// Outputs from sums by the contract's arithmetic (format/epilogue.h), then one rounding to the output type.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,6 +6,7 @@
 
 #include <cstdint>
 
+#include "format/epilogue.h"
 #include "format/scale_permutation.h"
 
 namespace marlin_qqq::cuda {
@@ -17,10 +17,6 @@ __device__ __forceinline__ void add_sums(int4& sum, const int4& part) {
   sum.y += part.y;
   sum.z += part.z;
   sum.w += part.w;
-}
-
-__device__ __forceinline__ float scaled(int32_t sum, float channel_scale, float token_scale) {
-  return __fmul_rn(__fmul_rn(__int2float_rn(sum), channel_scale), token_scale);
 }
 
 // Two values, rounded to the output type; `low` in the lower half.
@@ -63,13 +59,15 @@ struct ColumnFactors {
   // The outputs of one token.
   __device__ __forceinline__ void store(int4 sum, float token_scale, void* output, int64_t row, int column,
                                         int64_t out_features) const {
-    float4 value = {scaled(sum.x, channel_scale.x, token_scale), scaled(sum.y, channel_scale.y, token_scale),
-                    scaled(sum.z, channel_scale.z, token_scale), scaled(sum.w, channel_scale.w, token_scale)};
+    float4 value = {format::scaled_sum(sum.x, channel_scale.x, token_scale),
+                    format::scaled_sum(sum.y, channel_scale.y, token_scale),
+                    format::scaled_sum(sum.z, channel_scale.z, token_scale),
+                    format::scaled_sum(sum.w, channel_scale.w, token_scale)};
     if (has_bias) {
-      value.x = __fadd_rn(value.x, bias_value(bias.x & 0xffffu, bfloat16));
-      value.y = __fadd_rn(value.y, bias_value(bias.x >> 16, bfloat16));
-      value.z = __fadd_rn(value.z, bias_value(bias.y & 0xffffu, bfloat16));
-      value.w = __fadd_rn(value.w, bias_value(bias.y >> 16, bfloat16));
+      value.x = format::biased(value.x, bias_value(bias.x & 0xffffu, bfloat16));
+      value.y = format::biased(value.y, bias_value(bias.x >> 16, bfloat16));
+      value.z = format::biased(value.z, bias_value(bias.y & 0xffffu, bfloat16));
+      value.w = format::biased(value.w, bias_value(bias.y >> 16, bfloat16));
     }
     const uint2 packed = {pack_outputs(value.x, value.y, bfloat16), pack_outputs(value.z, value.w, bfloat16)};
     *reinterpret_cast<uint2*>(static_cast<uint16_t*>(output) + row * out_features + column) = packed;

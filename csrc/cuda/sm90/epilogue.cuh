@@ -91,12 +91,12 @@ struct OutputChunk {
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
           const int index = 4 * (chunk * kOctets + i) + 2 * b;
-          float low = scaled(sums[j][index], factors.channel_scale[j][b], scale[i].x);
-          float high = scaled(sums[j][index + 1], factors.channel_scale[j][b], scale[i].y);
+          float low = format::scaled_sum(sums[j][index], factors.channel_scale[j][b], scale[i].x);
+          float high = format::scaled_sum(sums[j][index + 1], factors.channel_scale[j][b], scale[i].y);
           if constexpr (kHasBias) {
             const float bias = bias_value(factors.bias[j][b], kBFloat16);
-            low = __fadd_rn(low, bias);
-            high = __fadd_rn(high, bias);
+            low = format::biased(low, bias);
+            high = format::biased(high, bias);
           }
           pairs[i][j][b] = pack_outputs(low, high, kBFloat16);
         }
