@@ -34,7 +34,7 @@ def loop(*extra: str) -> list[str]:
 
 
 def test_clean_code_passes() -> None:
-    kernels, problems = check_sass.check(sass(*loop("R2UR UR4, R6", "UTMALDG.2D [UR16], [UR8], desc[UR6]")))
+    kernels, problems = check_sass.check(sass(*loop("R2UR UR8, R6", "UTMALDG.2D [UR16], [UR8], desc[UR6]")))
     assert (kernels, problems) == (1, [])
 
 
@@ -46,15 +46,29 @@ def test_a_copy_in_a_loop_over_threads_is_found() -> None:
     assert "1 loops over a warp's threads" in problems[0]
 
 
+def moves(first: int, count: int) -> list[str]:
+    """As many moves to uniform registers, from this one on; one of them conditional."""
+    return [f"{'@P3 ' if i == 1 else ''}R2UR UR{first + i}, R{6 + i}" for i in range(count)]
+
+
 def test_addresses_in_registers_of_threads_are_found() -> None:
-    moves = ["R2UR UR4, R6", "R2UR UR5, R7", "@P3 R2UR UR6, R8"]
-    _, problems = check_sass.check(sass(*loop(*moves)))
-    assert problems == ["_Z6kernelv has 3 R2UR in its loop of products, 2 at most are expected"]
+    most = check_sass.MOST_MOVES
+    assert check_sass.check(sass(*loop(*moves(10, most)))) == (1, [])
+    _, problems = check_sass.check(sass(*loop(*moves(10, most + 1))))
+    assert problems == [f"_Z6kernelv has {most + 1} R2UR in its loop of products, {most} at most are expected"]
+
+
+# The product's descriptor is in UR4 and UR5.
+@pytest.mark.parametrize("register, found", [(3, False), (4, True), (5, True), (6, False), (40, False)])
+def test_a_descriptor_from_registers_of_threads_is_found(register: int, found: bool) -> None:
+    _, problems = check_sass.check(sass(*loop(*moves(register, 1))))
+    expected = "_Z6kernelv moves descriptors of products from registers of threads (R2UR) in their loop"
+    assert problems == ([expected] if found else [])
 
 
 def test_moves_outside_the_smallest_loop_of_products_do_not_count() -> None:
-    # The outer loop (of tiles) begins at 0x10 with three moves, the inner one at 0x40.
-    code = [*loop("R2UR UR4, R6", "R2UR UR5, R7", "R2UR UR6, R8")[:-1], "@!P0 BRA 0x40", "@P2 BRA 0x10"]
+    # The outer loop (of tiles) begins at 0x10 with three moves, two of a descriptor; the inner one at 0x40.
+    code = [*loop(*moves(4, 3))[:-1], "@!P0 BRA 0x40", "@P2 BRA 0x10"]
     assert check_sass.check(sass(*code)) == (1, [])
 
 

@@ -156,8 +156,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
           const int last_token = C::kQuantizes ? p.num_tokens - 1 : C::kTokens - 1;
           consume_in_warp<C>(ring, tile, lane, ahead, rows, last_token, refill, sums);
         } else {
-          consume<C>(
-              ring, position, tile, reader, ahead, refill, [] {}, sums);
+          const auto no_turn = [] {};
+          consume<C>(ring, position, tile, reader, ahead, refill, no_turn, sums);
         }
       } else {
 #pragma unroll
