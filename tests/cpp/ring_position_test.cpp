@@ -1,4 +1,4 @@
-// The Hopper kernels' walk round a ring of stages, and the turns that two warpgroups take at one.
+// The Hopper kernels' walk round a ring of stages.
 #include "cuda/sm90/ring_position.h"
 
 #include <gtest/gtest.h>

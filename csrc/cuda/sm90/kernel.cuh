@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
             return ring.activations(stage);
           };
           const int last_token = C::kQuantizes ? p.num_tokens - 1 : C::kTokens - 1;
-          consume_in_warp<C>(ring, tile, lane, ahead, rows, last_token, refill, sums);
+          consume_in_warp<C>(ring, tile, lane, reader, ahead, rows, last_token, refill, sums);
         } else {
           const auto no_turn = [] {};
           consume<C>(ring, position, tile, reader, ahead, refill, no_turn, sums);

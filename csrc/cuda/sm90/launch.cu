@@ -117,8 +117,9 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
                               64, /*swizzle=*/true);
   }
   plan_early_fetch(p, tile, plan, problem, arguments.constant_weights);
-  const bool ahead = p.dequantizes_early && kernel_exists(tile, grouped, Variant::kAhead);
-  const Variant variant = plan.quantizes ? Variant::kQuantizing : ahead ? Variant::kAhead : Variant::kPlain;
+  const Variant variant = plan.quantizes        ? Variant::kQuantizing
+                          : p.dequantizes_early ? Variant::kAhead
+                                                : Variant::kPlain;
   if (error == cudaSuccess) error = allow_shared_memory_of(plan.tile, grouped, variant);
   if (error != cudaSuccess) return error;
 

@@ -198,8 +198,11 @@ __device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C::kSt
                                         StageIsFree& stage_is_free, const PassTurn& pass_turn,
                                         int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
   static_assert(kSteps % 2 == 0, "the double buffers must return to their start with each stage");
+  const auto keep_sums_in_place = [&] {
 #pragma unroll
-  for (int j = 0; j < C::kBlocks; ++j) keep_in_place(sums[j]);
+    for (int j = 0; j < C::kBlocks; ++j) keep_in_place(sums[j]);
+  };
+  keep_sums_in_place();
   int32_t accumulate = 0;
   const auto multiply = [&](const Operands<C>& operands, uint64_t activations) {
     wgmma_fence();
@@ -225,8 +228,7 @@ __device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C::kSt
   position.skip(ahead.count);
   const int stages = tile.stage_end - tile.stage_begin - ahead.count;
   if (C::kStagesAhead > 0 && stages <= 0) {
-#pragma unroll
-    for (int j = 0; j < C::kBlocks; ++j) keep_in_place(sums[j]);
+    keep_sums_in_place();
     return;
   }
   PackedStep<C> packed[2];
@@ -290,8 +292,7 @@ __device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C::kSt
   }
   position.advance();
   wgmma_wait<0>();
-#pragma unroll
-  for (int j = 0; j < C::kBlocks; ++j) keep_in_place(sums[j]);
+  keep_sums_in_place();
   stage_is_free(previous_stage);
 }
 

@@ -39,8 +39,8 @@ struct WarpTokens {
 // last one of them. `stage_is_free(stage)` is called once for every stage that the warp has read.
 template <class C, class TokenRows, class StageIsFree>
 __device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, const WorkTile& tile, int lane,
-                                                const StagesAhead<C>& ahead, const TokenRows& token_rows,
-                                                int last_token, StageIsFree& stage_is_free,
+                                                const WeightReader<C>& reader, const StagesAhead<C>& ahead,
+                                                const TokenRows& token_rows, int last_token, StageIsFree& stage_is_free,
                                                 int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
   static_assert(C::kBlocks == 4 && C::kFeatures == 64, "a warp takes the four chunks of one packed tile");
 #pragma unroll
@@ -73,15 +73,15 @@ __device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, const WorkT
   PackedScales<C> packed_scales;
   Scales<C> scales;
   const auto fetch_first_step = [&](int stage) {
-    fetch_packed_scales<C>(packed_scales, ring.scales(stage) + 16 * (lane / 4));
-    fetch_step<C>(packed[0], ring.weights(stage) + 16 * lane, 0);
+    fetch_packed_scales<C>(packed_scales, ring.scales(stage) + reader.scale_offset);
+    fetch_step<C>(packed[0], ring.weights(stage) + reader.weight_offset, 0);
   };
   barrier_wait(ring.full(position.stage), position.phase);
   fetch_first_step(position.stage);
 #pragma unroll 1
   for (int block = first_block; block < tile.stage_end; ++block) {
     const int stage = position.stage;
-    const uint32_t weights = ring.weights(stage) + 16 * lane;
+    const uint32_t weights = ring.weights(stage) + reader.weight_offset;
     const uint32_t activations = token_rows(block, stage) + 128 * token_row;
     // After the last stage it is the last one's words that are read ahead, for nothing.
     if (block + 1 < tile.stage_end) position.advance();
