@@ -122,14 +122,16 @@ const char* family_name(Family family) {
 
 std::string to_string(const Plan& plan) {
   if (plan.family == Family::kNone) return "nothing to launch";
-  char text[256];
+  const std::string rounds =
+      plan.whole_rounds > 0 ? " after " + std::to_string(plan.whole_rounds) + " rounds of whole tiles" : "";
+  char text[320];
   std::snprintf(
       text, sizeof(text),
-      "%s %s%s: tile %d tokens x %d features, %d stages, split %d x %d, multicast %d, grid %d x %d threads, %d bytes "
+      "%s %s%s: tile %d tokens x %d features, %d stages, split %d x %d%s, multicast %d, grid %d x %d threads, %d bytes "
       "of shared memory, %lld bytes of scratch, estimated %.1f us",
       family_name(plan.family), plan.tile_name.c_str(), plan.quantizes ? ", quantizing" : "", plan.tile_tokens,
-      plan.tile_features, plan.stages, plan.split, plan.scratch_split, plan.multicast, plan.grid, plan.threads,
-      plan.shared_memory_bytes, static_cast<long long>(plan.scratch_bytes), plan.estimated_us);
+      plan.tile_features, plan.stages, plan.split, plan.scratch_split, rounds.c_str(), plan.multicast, plan.grid,
+      plan.threads, plan.shared_memory_bytes, static_cast<long long>(plan.scratch_bytes), plan.estimated_us);
   return text;
 }
 

@@ -46,6 +46,7 @@ struct Plan {
   int tile_features = 0;    // output features of one block's tile
   int stages = 0;           // depth of the shared-memory pipeline
   int split = 1;            // blocks that share one output tile, each with a slice of in_features (sm90: one cluster)
+  int whole_rounds = 0;     // tiles that each block takes whole before the cluster's blocks share one (sm90, split > 1)
   int scratch_split = 1;    // clusters that share one output tile: their sums meet in scratch (sm90); blocks that share
                             // it at most, where their shares are uneven (sm80)
   bool quantizes = false;   // the product's kernel quantises the activations itself (sm90, Problem::quantizes)

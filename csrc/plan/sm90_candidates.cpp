@@ -57,11 +57,15 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
                         divide_up(problem.out_features, int64_t{tile.features()} * plan.multicast) * plan.scratch_split;
   const int slots = cluster_slots(device, cluster_size, tile.blocks_per_sm);
   if (slots == 0) return 1e30;
-  const auto waves = static_cast<double>(divide_up(works, slots));
+  // After rounds of whole tiles, if there are any, one of tiles that clusters share.
+  const double whole_rounds = plan.whole_rounds;
+  const double last_waves = plan.whole_rounds > 0 ? 1.0 : static_cast<double>(divide_up(works, slots));
   // Blocks that share a multiprocessor share its units: what counts is how many of them the fullest one gets to run.
   const int usable_sms = device.clusters[cluster_size - 1] * cluster_size;
-  const auto rounds = static_cast<double>(divide_up(works * cluster_size, usable_sms));
+  const double last_rounds =
+      plan.whole_rounds > 0 ? 1.0 : static_cast<double>(divide_up(works * cluster_size, usable_sms));
   const auto stages = static_cast<double>(divide_up(problem.in_features / 128, total_split));
+  const double whole_stages = whole_rounds * static_cast<double>(problem.in_features / 128);
   const double second_product = tile.blocks - 1;
   const double channel_latency = tile.warp_rings()
                                      ? model.warp_channel_stage_latency
@@ -76,10 +80,10 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   const double ring_stages = std::ceil(stages / tile.rings());
   // Of a ring's stages, what is dequantised while the launch before ends.
   const double ahead = std::min<double>(ring_stages, sm90_stages_ahead(problem, plan));
-  const double mainloop =
-      norm(rounds * stages * overlapped(slice, grouped ? model.group_unit_norm : model.channel_unit_norm),
-           waves * ring_stages * latency, model.latency_norm) *
-      (1 - model.ahead_fraction * ahead / ring_stages);
+  const double mainloop = norm((whole_stages + last_rounds * stages) *
+                                   overlapped(slice, grouped ? model.group_unit_norm : model.channel_unit_norm),
+                               (whole_stages + last_waves * ring_stages) * latency, model.latency_norm) *
+                          (1 - model.ahead_fraction * ahead / ring_stages);
 
   const double outputs = features * tokens;
   double ending = tile.depth_split() ? model.depth_wave_cycles : model.wave_cycles;
@@ -89,14 +93,15 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   } else {
     tail += outputs / plan.split / model.epilogue_outputs_per_cycle;  // the stores before the last tile's are hidden
   }
+  double exchange = 0;
   if (plan.split > 1) {
     // Straight from the registers, or what the rings of each block add up to.
     const bool rings = tile.depth_split();
     const double exchanged = outputs * 4 * (plan.split - 1) / plan.split;
-    ending += rings ? model.depth_cluster_cycles + model.depth_cluster_per_block * (plan.split - 2) +
-                          exchanged / model.depth_exchange_bytes_per_cycle
-                    : model.cluster_reduction_cycles + model.cluster_reduction_per_block * (plan.split - 2) +
-                          exchanged / model.exchange_bytes_per_cycle;
+    exchange = rings ? model.depth_cluster_cycles + model.depth_cluster_per_block * (plan.split - 2) +
+                           exchanged / model.depth_exchange_bytes_per_cycle
+                     : model.cluster_reduction_cycles + model.cluster_reduction_per_block * (plan.split - 2) +
+                           exchanged / model.exchange_bytes_per_cycle;
   }
   // Half a grid: two launches share the multiprocessors, and one fetches its weights while the other multiplies. Of
   // more than half, a part of the next launch's blocks does.
@@ -105,7 +110,9 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
     tail -= model.neighbour_cycles * std::min(1.0, static_cast<double>(usable_sms - blocks) / blocks);
   }
   // Warpgroups that take turns hide it behind each other's products, but for the last one.
-  const double endings = tile.pingpong() ? ending + (waves - 1) * model.turn_cycles : waves * ending;
+  const double waves = whole_rounds + last_waves;
+  const double endings =
+      (tile.pingpong() ? ending + (waves - 1) * model.turn_cycles : waves * ending) + last_waves * exchange;
   const double cycles_a_us = device.clock_ghz * 1e3;
   const double compute_us = (mainloop + endings) / cycles_a_us * (1 + model.multicast_penalty * (plan.multicast - 1));
   const double bytes_us = problem_bytes(problem) / (model.bandwidth_fraction * device.memory_gb_per_s * 1e3);
@@ -141,7 +148,6 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
       for (int split = 1; split <= std::min<int64_t>(kLargestSplit, stage_count); ++split) {
         for (const bool in_scratch : {false, true}) {
           if (in_scratch ? split == 1 : split * multicast > kLargestClusterSplit) continue;
-          if (split > 1 && tile.pingpong()) continue;  // they take whole tiles
           if (!in_scratch && !tile.room_for_exchange(split)) continue;
           Plan plan;
           plan.family = Family::kSm90;
@@ -156,17 +162,25 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
           plan.threads = tile.threads();
           plan.shared_memory_bytes = tile.shared_memory_bytes();
           const int cluster_size = plan.split * multicast;
-          const bool partial = tile.depth_split() || split > 1;
           const int64_t works = divide_up(problem.num_tokens, tile.tokens) *
                                 divide_up(problem.out_features, int64_t{tile.features()} * multicast) *
                                 plan.scratch_split;
           const int64_t slots = cluster_slots(device, cluster_size, tile.blocks_per_sm);
-          if (slots == 0 || (split > 1 && works > 2 * slots)) continue;
+          if (slots == 0) continue;
+          // More tiles than blocks: those walk over whole tiles in rounds, and if what is left is no more than a tile a
+          // cluster, it is shared.
+          const int64_t round = slots * split;
+          const int64_t left = works % round;
+          if (split > 1 && !in_scratch && !tile.depth_split() && works > round && left > 0 && left <= slots) {
+            plan.whole_rounds = static_cast<int>(works / round);
+          }
+          if (split > 1 && plan.whole_rounds == 0 && (works > 2 * slots || tile.pingpong())) continue;
           // Where rings of their own need more blocks than run at once, and each weight more than once, a tile of more
           // tokens has been faster in every problem measured.
           if (tile.depth_split() && problem.num_tokens > tile.tokens && works > slots) continue;
-          // A persistent grid walks whole tiles; split tiles have a cluster each.
-          const int64_t clusters = partial ? works : std::min(works, slots);
+          // A persistent grid walks whole tiles; otherwise split ones have a cluster each.
+          const bool persistent = !tile.depth_split() && (split == 1 || plan.whole_rounds > 0);
+          const int64_t clusters = persistent ? std::min(works, slots) : works;
           if (clusters * cluster_size > kLargestExtent) continue;
           plan.grid = static_cast<int>(clusters * cluster_size);
           plan.resident_blocks = static_cast<int>(slots * cluster_size);

@@ -176,6 +176,8 @@ PYBIND11_MODULE(_introspection, module) {
       .def_readonly("stages", &plan::Plan::stages)
       .def_readonly("split", &plan::Plan::split, "blocks that share one output tile (sm90: of one cluster)")
       .def_readonly("scratch_split", &plan::Plan::scratch_split, "clusters that share one output tile (sm90)")
+      .def_readonly("whole_rounds", &plan::Plan::whole_rounds,
+                    "tiles that each block takes whole before the blocks of a cluster share one (sm90)")
       .def_readonly("quantizes", &plan::Plan::quantizes, "whether the kernel quantises the activations itself (sm90)")
       .def_readonly("multicast", &plan::Plan::multicast, "blocks of a cluster that share one activation tile")
       .def_readonly("grid", &plan::Plan::grid, "blocks")

@@ -312,7 +312,39 @@ TEST(Sm90Candidates, FewTokensOfFewInputsAreForRingsOfPartsOfTheInputs) {
   EXPECT_TRUE(shares_a_ring(48, 1664));
 }
 
-// Warpgroups that take turns take whole tiles, per-channel; a block walks over as many as there are.
+// More tiles than blocks: whole rounds and one in which every cluster has a tile at most are all of the tiles.
+TEST(Sm90Candidates, BlocksShareOnlyTheLastOfTheirTiles) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  std::set<int> tiles, multicasts, splits;
+  for (const int group_size : {-1, 128}) {
+    for (const int64_t num_tokens : {17, 64, 200, 512, 1000, 4096}) {
+      for (const int64_t out_features : {4096, 5120, 12288, 18944, 28672, 37888}) {
+        const Problem problem{num_tokens, out_features, 4096, group_size};
+        for (const Plan& candidate : plan::sm90_candidates(problem, device)) {
+          if (candidate.whole_rounds == 0) continue;
+          expect_runnable(candidate, problem, device);
+          EXPECT_GT(candidate.split, 1);
+          EXPECT_EQ(candidate.scratch_split, 1);
+          EXPECT_EQ(candidate.grid, candidate.resident_blocks);
+          const int64_t features = int64_t{candidate.tile_features} * candidate.multicast;
+          const int64_t works = (num_tokens + candidate.tile_tokens - 1) / candidate.tile_tokens *
+                                ((out_features + features - 1) / features);
+          const int64_t left = works - candidate.whole_rounds * (candidate.grid / candidate.multicast);
+          EXPECT_GT(left, 0) << plan::to_string(candidate);
+          EXPECT_LE(left, candidate.grid / (candidate.split * candidate.multicast)) << plan::to_string(candidate);
+          tiles.insert(candidate.tile);
+          multicasts.insert(candidate.multicast);
+          splits.insert(candidate.split);
+        }
+      }
+    }
+  }
+  EXPECT_GT(tiles.size(), 15u);
+  EXPECT_GT(multicasts.size(), 1u);
+  EXPECT_GT(splits.size(), 2u);
+}
+
+// Warpgroups that take turns take whole tiles, per-channel, and share one at most.
 TEST(Sm90Candidates, TurnsAreTakenAtWholeTilesPerChannel) {
   const DeviceProperties device = plan::reference_device("sm_90");
   int turns = 0;
@@ -322,7 +354,8 @@ TEST(Sm90Candidates, TurnsAreTakenAtWholeTilesPerChannel) {
         if (!plan::kSm90Tiles[candidate.tile].pingpong()) continue;
         ++turns;
         EXPECT_EQ(group_size, -1) << candidate.tile_name;
-        EXPECT_EQ(candidate.split * candidate.scratch_split, 1) << candidate.tile_name;
+        EXPECT_EQ(candidate.scratch_split, 1) << candidate.tile_name;
+        EXPECT_TRUE(candidate.split == 1 || candidate.whole_rounds > 0) << candidate.tile_name;
         EXPECT_LE(candidate.grid, device.num_sms) << candidate.tile_name;
       }
     }

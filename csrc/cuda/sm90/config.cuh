@@ -48,7 +48,8 @@ struct Config {
   static constexpr int kPanelFeatures = kTile.panel_features();  // weights travel in panels of this many features
   static constexpr int kPanels = kFeatures / kPanelFeatures;
   static constexpr int kConsumerThreads = 128 * kTile.warpgroups;
-  static constexpr int kReaderWarps = kPingpong ? 4 : kConsumerThreads / 32;  // of a stage that a warp of its own fills
+  static constexpr int kTileThreads = kPingpong ? 128 : kConsumerThreads;  // that multiply one tile
+  static constexpr int kReaderWarps = kTileThreads / 32;                   // of a stage that a warp of its own fills
   static constexpr int kThreads = kTile.threads();
   static constexpr int kBlocksPerSm = kTile.blocks_per_sm;
   // Stages that are dequantised before the wait. Per-channel it is too little work to be worth it.
@@ -128,6 +129,8 @@ struct Parameters {
   int num_tokens;
   int out_features;
   int stage_count;  // in_features / 128: stages of a whole tile
+  int works;        // tiles, or slices of tiles that clusters take
+  int whole_works;  // the first of them, which blocks (or those that share activations) take by themselves, in rounds
   int token_tiles;
   int feature_groups;    // feature tiles / multicast, rounded up
   int token_group;       // token tiles that are walked before the next feature group, so that weights meet in L2

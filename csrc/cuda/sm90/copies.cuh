@@ -41,10 +41,12 @@ struct WorkTile {
   int stage_begin;  // first and past-the-last stage of inputs
   int stage_end;
   int scratch_rank;  // which of the clusters that share the tile
+  bool shared;       // with other blocks of the cluster, each of which has a part of the inputs
 };
 
-__device__ __forceinline__ WorkTile work_tile(const Parameters& p, int work, int block_rank, int tile_tokens,
-                                              int tile_features) {
+// Tile number `work`, of all its inputs (`whole`) or of this block's slice of them.
+__device__ __forceinline__ WorkTile work_tile(const Parameters& p, int work, bool whole, int block_rank,
+                                              int tile_tokens, int tile_features) {
   const int scratch_rank = p.per_slice.quotient(work);
   const int in_slice = work - scratch_rank * static_cast<int>(p.per_slice.divisor);
   const int group = p.per_group.quotient(in_slice);
@@ -56,12 +58,13 @@ __device__ __forceinline__ WorkTile work_tile(const Parameters& p, int work, int
   const int feature_tile = feature_group * p.multicast + block_rank - cluster_rank * p.multicast;
   const int slices = p.split * p.scratch_split;
   const int slice = scratch_rank * p.split + cluster_rank;
-  const bool whole = slices == 1;
   // The last tile ends with the last token where there are enough: two tiles then give the same bits to the tokens that
   // both hold. Tokens beyond the last cost the copy engine more than tokens.
   const int token = min(token_tile * tile_tokens, max(p.num_tokens - tile_tokens, 0));
-  return {token, feature_tile * tile_features, whole ? 0 : p.stage_count * slice / slices,
-          whole ? p.stage_count : p.stage_count * (slice + 1) / slices, scratch_rank};
+  const int feature = feature_tile * tile_features;
+  if (whole || slices == 1) return {token, feature, 0, p.stage_count, scratch_rank, false};
+  return {token,        feature,    p.stage_count * slice / slices, p.stage_count * (slice + 1) / slices,
+          scratch_rank, p.split > 1};
 }
 
 // Weights and group scales of a stage, whose bytes complete on `barrier`.

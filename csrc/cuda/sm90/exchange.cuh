@@ -14,7 +14,7 @@ template <class C>
 struct Exchange {
   static constexpr int kOctets = C::kStoreTokens / 8;
   // A chunk from one block: 16 bytes a thread for every octet of tokens and product.
-  static constexpr int kVectorBytes = 16 * C::kConsumerThreads;
+  static constexpr int kVectorBytes = 16 * C::kTileThreads;
   static constexpr int kChunkBytes = kOctets * C::kBlocks * kVectorBytes;
 
   int split;       // blocks that share the tile
@@ -25,6 +25,7 @@ struct Exchange {
   int block_chunks;   // that a block finishes at most
   uint32_t received;  // [split - 1][block_chunks] chunks from the others, over the stages
   uint32_t barriers;  // one for each of the block's chunks
+  int thread;         // among those that multiply the tile
 
   __device__ __forceinline__ Exchange(const Parameters& p, uint32_t shared, const WorkTile& tile)
       : split(p.split),
@@ -34,7 +35,8 @@ struct Exchange {
         chunks(min(C::kChunks, (p.num_tokens - tile.token + C::kStoreTokens - 1) / C::kStoreTokens)),
         block_chunks((chunks + split - 1) / split),
         received(shared + C::kRingOffset),
-        barriers(shared + C::kExchangeBarrierOffset) {}
+        barriers(shared + C::kExchangeBarrierOffset),
+        thread(static_cast<int>(threadIdx.x) % C::kTileThreads) {}
 
   // Whose a chunk is, and which of that block's: counted along with the chunks, without divisions.
   struct Turn {
@@ -61,8 +63,8 @@ struct Exchange {
     if (chunk >= chunks || turn.owner == rank) return;
     const int block = first_rank + turn.owner * rank_stride;
     const int sender = rank - (rank > turn.owner);
-    const uint32_t target = cluster_address(
-        received + (sender * block_chunks + turn.place) * kChunkBytes + 16 * static_cast<int>(threadIdx.x), block);
+    const uint32_t target =
+        cluster_address(received + (sender * block_chunks + turn.place) * kChunkBytes + 16 * thread, block);
     const uint32_t barrier = cluster_address(barriers + 8 * turn.place, block);
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
@@ -79,8 +81,7 @@ struct Exchange {
     barrier_wait(barriers + 8 * place, 0);
 #pragma unroll 1
     for (int sender = 0; sender < split - 1; ++sender) {
-      const uint32_t source =
-          received + (sender * block_chunks + place) * kChunkBytes + 16 * static_cast<int>(threadIdx.x);
+      const uint32_t source = received + (sender * block_chunks + place) * kChunkBytes + 16 * thread;
 #pragma unroll
       for (int i = 0; i < kOctets; ++i) {
 #pragma unroll

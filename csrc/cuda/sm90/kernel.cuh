@@ -66,16 +66,20 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
     __syncthreads();
   }
 
-  // Tiles: whole tiles are walked by a persistent grid; a tile that is split over a cluster or over the warpgroups is
-  // the only one of its block, because the partial sums take the place of the stages.
-  const bool partial = C::kDepthSplit || p.split > 1 || p.scratch_split > 1;
-  const int clusters = gridDim.x / cluster_size;
-  const int works = p.token_tiles * p.feature_groups * p.scratch_split;
+  // Tiles: a block walks over whole ones in rounds. What is left for the last round may be split over the cluster; a
+  // tile that is split over a cluster or over the rings of a block is the block's last one, because the partial sums
+  // take the place of the stages.
+  const int cluster = static_cast<int>(blockIdx.x) / cluster_size;
+  const int round = static_cast<int>(gridDim.x) / p.multicast;
   const auto tile_walk = [&] {
-    return [&, work = static_cast<int>(blockIdx.x) / cluster_size](WorkTile& tile) mutable {
-      if (work >= works) return false;
-      tile = work_tile(p, work, block_rank, C::kTokens, C::kFeatures);
-      work += partial ? works : clusters;
+    return [&, own = cluster * p.split + block_rank / p.multicast,
+            shared_work = p.whole_works + cluster](WorkTile& tile) mutable {
+      const bool whole = !C::kDepthSplit && own < p.whole_works;
+      const int work = whole ? own : shared_work;
+      if (work >= p.works) return false;
+      tile = work_tile(p, work, whole, block_rank, C::kTokens, C::kFeatures);
+      own += round;
+      if (!whole) shared_work = p.works;
       return true;
     };
   };
@@ -100,6 +104,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
     const int ring_index = C::kWarpRings ? warp : C::kDepthSplit ? warpgroup : 0;
     const auto ring = Ring<C>::of(shared, ring_index);
     auto next_tile = tile_walk();
+    bool has_met_cluster = C::kDepthSplit;  // at its one barrier after the first
     RingPosition<C::kStages> position;
     WorkTile tile;
     int32_t sums[C::kBlocks][C::kTokens / 2];
@@ -174,12 +179,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
       uint32_t odd_tile = 0;
       wait_for_previous_kernel();
       // Of two warpgroups that take turns, each leaves every other tile and its stages in the ring to the other.
+      int other_stages = 0;
       const auto other_has_tile = [&] {
         WorkTile other;
-        return C::kPingpong && next_tile(other);
+        if (!C::kPingpong || !next_tile(other)) return false;
+        other_stages = other.stage_end - other.stage_begin;
+        return true;
       };
       bool waits_for_turn = C::kPingpong && warpgroup == 1;
-      if (waits_for_turn && other_has_tile()) position.skip(p.stage_count);
+      if (waits_for_turn && other_has_tile()) position.skip(other_stages);
       while (next_tile(tile)) {
         const bool other_follows = other_has_tile();
         const auto pass_turn = [&] {
@@ -194,7 +202,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
           factors.load(p, first_feature, warp % 4, lane);
           fetch_token_scales<C>(p, token_scales, tile.token);
         }
-        if (!C::kPingpong && p.split > 1 && threadIdx.x == 0) Exchange<C>(p, shared, tile).expect();
+        if (tile.shared && threadIdx.x % C::kTileThreads == 0) Exchange<C>(p, shared, tile).expect();
         if (waits_for_turn) named_barrier_sync(kTurn + warpgroup, C::kConsumerThreads);
         waits_for_turn = C::kPingpong;
         consume<C>(ring, position, tile, reader, StagesAhead<C>(), release, pass_turn, sums);
@@ -206,9 +214,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
                                                            warpgroup, warp % 4, lane, sums);
           };
           using std::false_type, std::true_type;
-          if (!C::kPingpong && p.split > 1) {
+          if (tile.shared) {
             cluster_arrive();
             cluster_wait();  // all blocks are done with their stages
+            has_met_cluster = true;
             p.output_is_bfloat16 ? store(true_type{}, true_type{}, true_type{})
                                  : store(true_type{}, false_type{}, true_type{});
           } else if (p.bias != nullptr) {
@@ -219,13 +228,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
                                  : store(false_type{}, false_type{}, false_type{});
           }
         }
-        if (other_follows) position.skip(p.stage_count);
+        if (other_follows) position.skip(other_stages);
       }
       if (threadIdx.x % 128 == 0) tma_store_wait_all();
     }
     // No block leaves while another may still write into its shared memory. Blocks that exchange sums have waited for
     // all that is written.
-    if (p.split == 1 && p.multicast > 1) {
+    if (cluster_size > 1 && !has_met_cluster) {
       cluster_arrive();
       cluster_wait();
     }

@@ -138,6 +138,8 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   p.per_group = Divisor::of(p.token_group * p.feature_groups);
   p.group_tokens = Divisor::of(p.token_group);
   p.last_tokens = Divisor::of(std::max(1, p.token_tiles % p.token_group));
+  p.works = p.token_tiles * p.feature_groups * plan.scratch_split;
+  p.whole_works = partial ? 0 : plan.split == 1 ? p.works : plan.whole_rounds * (plan.grid / plan.multicast);
   p.split = plan.split;
   p.scratch_split = plan.scratch_split;
   p.scratch = static_cast<int32_t*>(scratch);
