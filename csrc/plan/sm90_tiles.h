@@ -33,7 +33,7 @@ struct Sm90Tile {
   std::string_view name;
   int blocks;  // 64-row products a warpgroup keeps: its features are 64 * blocks. 1 or 2. kWarp: 4, of 16 rows a warp
   int tokens;  // n of the product: a multiple of 8 (up to 32) or 16 (up to 256). Sums a thread: blocks * tokens / 2 <=
-               // 128
+               // 128, 160 per-channel
   Cooperation cooperation;
   int warpgroups;     // that multiply
   int stages;         // of 128 inputs, a ring
@@ -167,6 +167,8 @@ inline constexpr Sm90Tile kSm90Tiles[] = {
     {"pingpong96",  2,  96, Cooperation::kPingpong, 2, 8, 1},
     {"pingpong112", 2, 112, Cooperation::kPingpong, 2, 8, 1},
     {"pingpong128", 2, 128, Cooperation::kPingpong, 2, 7, 1},
+    {"pingpong144", 2, 144, Cooperation::kPingpong, 2, 6, 1},
+    {"pingpong160", 2, 160, Cooperation::kPingpong, 2, 6, 1},
     // Wide tokens: the dequantisation of a weight serves up to 256 tokens, which hides the group scales.
     {"deep64",    1,  64, Cooperation::kFeatures, 2, 10, 1},
     {"deep80",    1,  80, Cooperation::kFeatures, 2, 10, 1},
@@ -194,7 +196,7 @@ constexpr int sm90_tile_index(std::string_view name) {
 
 constexpr bool sm90_tiles_are_sound() {
   for (const Sm90Tile& tile : kSm90Tiles) {
-    if (tile.blocks * tile.tokens > 256) return false;                                       // sums: 128 registers
+    if (tile.blocks * tile.tokens > (tile.takes_group_scales() ? 256 : 320)) return false;   // registers for sums
     if (tile.tokens % (tile.tokens <= 32 ? 8 : 16) != 0 || tile.tokens > 256) return false;  // n of integer wgmma
     if (!tile.depth_split() && (tile.warpgroups != 2 || tile.blocks_per_sm != 1)) return false;
     if (tile.blocks_per_sm * (tile.shared_memory_bytes() + 1024) > kSm90SharedMemory) return false;
