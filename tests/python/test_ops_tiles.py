@@ -57,6 +57,27 @@ def test_blocks_that_walk_over_several_tiles(monkeypatch, group_size, in_feature
         assert torch.equal(marlin_qqq_gemm(*on_gpu.arguments), expected), f"candidate {candidate}"
 
 
+# 33 tiles of 128 features x 3 to 11 of tokens: more than there are multiprocessors, most of them with a few left over.
+@pytest.mark.parametrize("group_size", [128, -1])
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("in_features", [256, 896, 2048])
+def test_tiles_that_clusters_share_after_whole_ones(monkeypatch, group_size, out_dtype, in_features):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the sm90 kernels run on Hopper only")
+    problem = reference.random_problem(700, 4224, in_features, group_size, seed=in_features)
+    bias = torch.randn(4224).to(out_dtype)
+    expected = marlin_qqq_gemm(*problem.arguments, bias=bias, out_dtype=out_dtype).cuda()
+    on_gpu, bias = problem.to("cuda"), bias.cuda()
+    _, candidates = ask_candidates(700, 4224, in_features, group_size, "cuda")
+    names = [candidate.name for candidate in candidates if "rounds of whole tiles" in candidate.text]
+    assert names
+    for name in names:
+        monkeypatch.setenv("MARLIN_QQQ_TILE", name)
+        for _ in range(2):  # one after the other: nothing is left behind
+            got = marlin_qqq_gemm(*on_gpu.arguments, bias=bias, out_dtype=out_dtype)
+            assert torch.equal(got, expected), name
+
+
 @pytest.mark.parametrize("group_size", [128, -1])
 def test_candidates_have_names_that_force_them(monkeypatch, group_size):
     problem = reference.random_problem(48, 320, 1024, group_size, seed=48).to("cuda")
