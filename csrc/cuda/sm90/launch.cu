@@ -51,37 +51,36 @@ cudaError_t allow_shared_memory_of(int tile, bool grouped, Variant variant) {
       variant == Variant::kQuantizing ? plan::kSm90LargestBlockMemory : plan::kSm90Tiles[tile].shared_memory_bytes());
 }
 
-// Stages of a ring whose constant weights a block fetches before it waits for the kernel before. What is on its way
-// into the rings while that kernel ends is time won on the memory bus; but it is in the way of that kernel's last loads
-// and of a quantisation between the two, which the product then waits for. Measured on an H100, none to six stages,
-// with and without a quantisation, on 18 layers from 1 to 128 tokens.
-int early_ring_stages(const plan::Sm90Tile& tile, const plan::Plan& plan, const plan::Problem& problem) {
+// Stages of a ring whose weights a block fetches before it waits for the kernel before: to the ring where the caller
+// promised that they are constant, else to L2. What is on its way while that kernel ends is time won on the memory bus;
+// but it is in the way of that kernel's last loads and of a quantisation between the two, which the product then waits
+// for. Measured on an H100, none to seven stages, with and without a quantisation, on 18 layers from 1 to 256 tokens.
+int early_stages(const plan::Sm90Tile& tile, const plan::Plan& plan, const plan::Problem& problem,
+                 bool constant_weights) {
   const bool grouped = problem.group_size > 0;
   if (!tile.depth_split() && problem.num_tokens <= 64) return 5;
+  if (!constant_weights) {
+    if (!tile.depth_split() || tile.blocks_per_sm > 1 || !plan.leaves_room()) return 2;
+    // The kernel before is on the rest of the device, fetching weights of its own at that moment.
+    return plan.leaves_half() && !grouped ? 0 : 1;
+  }
   // The last stage of a ring is left, for its weights would stand in front of the first activations.
   if (problem.num_tokens <= 32) return std::min(tile.stages - 1, grouped && tile.blocks_per_sm == 1 ? 3 : 4);
   if (grouped || problem.num_tokens > 96) return 2;
   return std::min(plan.leaves_room() ? tile.stages : tile.stages - 1, 4);
 }
 
-// How blocks that may start while the kernel before this one still runs fetch their first weights, and to where.
+// How blocks that may start while the kernel before this one still runs fetch their first weights.
 //
 // Group scales make a short product wait for its dequantisation. Where another launch has the other half of the device,
 // this one's blocks wait long enough to do the first stages' meanwhile (plan::sm90_stages_ahead). Elsewhere the weights
 // arrive too late for that, and what is fetched after the wait would then be asked for late.
 void plan_early_fetch(Parameters& p, const plan::Sm90Tile& tile, const plan::Plan& plan, const plan::Problem& problem,
                       bool constant_weights) {
-  const bool grouped = problem.group_size > 0;
   p.early_blocks = plan.resident_blocks;
+  p.early_stages = early_stages(tile, plan, problem, constant_weights);
   p.early_into_ring = constant_weights;
   p.dequantizes_early = constant_weights && plan::sm90_stages_ahead(problem, plan) > 0;
-  if (!constant_weights) {
-    // To L2 it is a second pass through L2. Few or none where the kernel before is on the other half of the device, for
-    // it is fetching its own weights at that moment.
-    p.early_stages = !plan.leaves_room() ? 2 : grouped ? 1 : 0;
-  } else {
-    p.early_stages = early_ring_stages(tile, plan, problem);
-  }
 }
 
 }  // namespace
