@@ -29,6 +29,10 @@ enum class Cooperation {
 // Blocks of a cluster: the portable limit.
 inline constexpr int kLargestClusterSplit = 8;
 
+// Inputs of a token that a product's kernel quantises: every block reads every row, and of longer ones that takes more
+// than a kernel of its own.
+inline constexpr int64_t kLongestQuantizedRow = 16384;
+
 struct Sm90Tile {
   std::string_view name;
   int blocks;  // 64-row products a warpgroup keeps: its features are 64 * blocks. 1 or 2. kWarp: 4, of 16 rows a warp
@@ -100,8 +104,9 @@ struct Sm90Tile {
     return warp_rings() || (narrow && tokens > 32 && tokens <= 80) ? 2 : 0;
   }
   // Whether there is a kernel that quantises its activations, and the shared memory that it needs besides: the int8
-  // rows of a block's stages, the tokens' scales and a largest magnitude a warp, and the alignment of the rows.
-  constexpr bool can_quantize() const { return warp_rings() && tokens == 8; }
+  // rows of a block's stages (and what wgmma reads of eight rows where there are fewer), the tokens' scales and a
+  // largest magnitude a warp, and the alignment of the rows.
+  constexpr bool can_quantize() const { return depth_split() && blocks > 1 && tokens == 8; }
   static constexpr int quantized_vectors() { return 8; }  // of 8 elements, that a thread keeps in registers
   // Warps that share a token: all, halved until every token has one.
   constexpr int token_warps(int64_t num_tokens) const {
@@ -110,11 +115,12 @@ struct Sm90Tile {
     return warps;
   }
   constexpr bool can_quantize(int64_t num_tokens, int64_t in_features) const {
-    return can_quantize() && num_tokens <= tokens &&
+    return can_quantize() && num_tokens <= tokens && in_features <= kLongestQuantizedRow &&
            in_features <= 8 * quantized_vectors() * 32 * token_warps(num_tokens);
   }
   constexpr int quantization_bytes(int64_t num_tokens, int64_t block_stages) const {
-    return static_cast<int>(128 * num_tokens * block_stages) + 4 * tokens + 4 * 4 * warpgroups + 128;
+    return static_cast<int>(128 * (num_tokens * block_stages + tokens - num_tokens)) + 4 * tokens + 4 * 4 * warpgroups +
+           128;
   }
 };
 

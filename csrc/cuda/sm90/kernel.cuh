@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
     int32_t sums[C::kBlocks][C::kTokens / 2];
     if constexpr (C::kDepthSplit) {
       next_tile(tile);
-      const WorkTile whole = tile;
+      WorkTile whole = tile;
       const int stages = whole.stage_end - whole.stage_begin;
       tile.stage_begin = whole.stage_begin + stages * ring_index / C::kRings;
       tile.stage_end = whole.stage_begin + stages * (ring_index + 1) / C::kRings;
@@ -149,20 +149,21 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
         tile.stage_begin = __reduce_max_sync(~0u, tile.stage_begin);
         tile.stage_end = __reduce_max_sync(~0u, tile.stage_end);
         ahead.count = __reduce_max_sync(~0u, ahead.count);
+        whole.stage_begin = __reduce_max_sync(~0u, whole.stage_begin);
       }
       if (tile.stage_begin < tile.stage_end) {
         StageRefill<C> refill{p, ring, tile, tile.stage_begin + C::kStages, fills};
+        const QuantizedTokens<C> quantized(p, shared);
+        const auto rows = [&](int block, int stage) {
+          if constexpr (C::kQuantizes) return quantized.row(block - whole.stage_begin, 0);
+          return ring.activations(stage);
+        };
         if constexpr (C::kWarpRings) {
-          const QuantizedTokens<C> quantized(p, shared);
-          const auto rows = [&](int block, int stage) {
-            if constexpr (C::kQuantizes) return quantized.row(block - whole.stage_begin, 0);
-            return ring.activations(stage);
-          };
           const int last_token = C::kQuantizes ? p.num_tokens - 1 : C::kTokens - 1;
           consume_in_warp<C>(ring, tile, lane, reader, ahead, rows, last_token, refill, sums);
         } else {
           const auto no_turn = [] {};
-          consume<C>(ring, position, tile, reader, ahead, refill, no_turn, sums);
+          consume<C>(ring, position, tile, reader, ahead, rows, refill, no_turn, sums);
         }
       } else {
 #pragma unroll
@@ -205,7 +206,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
         if (tile.shared && threadIdx.x % C::kTileThreads == 0) Exchange<C>(p, shared, tile).expect();
         if (waits_for_turn) named_barrier_sync(kTurn + warpgroup, C::kConsumerThreads);
         waits_for_turn = C::kPingpong;
-        consume<C>(ring, position, tile, reader, StagesAhead<C>(), release, pass_turn, sums);
+        const auto rows = [&](int, int stage) { return ring.activations(stage); };
+        consume<C>(ring, position, tile, reader, StagesAhead<C>(), rows, release, pass_turn, sums);
         if (!C::kPingpong && p.scratch_split > 1) {
           finish_partial<C>(p, shared, tile, cluster_size, block_rank, warpgroup, warp % 4, lane, sums);
         } else {

@@ -187,16 +187,18 @@ struct StageRefill {
 // Sums of one tile. sums[j][4 * i + 2 * b + e]: feature chunk_feature(warp, lane / 8) + 16 * j + 8 * b + lane / 4 of
 // the warpgroup, token 8 * i + 2 * (lane % 4) + e.
 //
+// `token_rows(block, stage)` is where the int8 rows of the inputs' block `block` are.
+//
 // Three things run at once: the tensor core multiplies step s, the dequantisation prepares s + 1, and shared memory
 // delivers the packed words of s + 2.
 // `stage_is_free(stage)` is called once for every stage that has been read. `pass_turn()` is called when no more stages
 // are left than the ring may hold beside the first one of the block's next tile, which the other warpgroup takes
 // (Cooperation::kPingpong): if it began to wait earlier, its barrier's parity could be that of an earlier round.
-template <class C, class StageIsFree, class PassTurn>
+template <class C, class TokenRows, class StageIsFree, class PassTurn>
 __device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C::kStages>& position, const WorkTile& tile,
                                         const WeightReader<C>& reader, const StagesAhead<C>& ahead,
-                                        StageIsFree& stage_is_free, const PassTurn& pass_turn,
-                                        int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
+                                        const TokenRows& token_rows, StageIsFree& stage_is_free,
+                                        const PassTurn& pass_turn, int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
   static_assert(kSteps % 2 == 0, "the double buffers must return to their start with each stage");
   const auto keep_sums_in_place = [&] {
 #pragma unroll
@@ -245,7 +247,7 @@ __device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C::kSt
   const int last_stages = min(stages, C::kStages - 1);
   for (int left = stages; left > 0; --left) {
     const int stage = position.stage;
-    const uint64_t activations = swizzled_descriptor(ring.activations(stage));
+    const uint64_t activations = swizzled_descriptor(token_rows(tile.stage_end - left, stage));
     const uint32_t weights = ring.weights(stage) + reader.weight_offset;
     // After the last stage it is the last one's words that are read ahead, once more and for nothing: cheaper than a
     // branch at every place that reads ahead.

@@ -4,13 +4,16 @@
 #pragma once
 
 #include "cuda/common/shared_memory.cuh"
+#include "cuda/common/tma.cuh"
 #include "cuda/quantize/row_quantization.cuh"
 #include "cuda/sm90/copies.cuh"
 
 namespace marlin_qqq::cuda::sm90 {
 
 // Shared-memory addresses of the int8 values: a row of 128 bytes for each token there is, for every stage of the
-// block's inputs; 16-byte pieces are swizzled by token, as the copy engine would have it.
+// block's inputs. The 16-byte pieces of a row are swizzled: by token, or, for wgmma, by address, which is how the copy
+// engine does it and wgmma undoes it. There a stage's rows may start anywhere, and those beyond the last token are the
+// next stage's: nobody stores their products.
 template <class C>
 struct QuantizedTokens {
   uint32_t first;
@@ -21,6 +24,11 @@ struct QuantizedTokens {
 
   // `stage` counts from the block's first.
   __device__ __forceinline__ uint32_t row(int stage, int token) const { return first + (stage * tokens + token) * 128; }
+  // Of a row's 16 bytes.
+  __device__ __forceinline__ uint32_t piece(int stage, int token, uint32_t index) const {
+    const uint32_t address = row(stage, token);
+    return address + 16 * (index ^ (C::kWarpRings ? token % 8 : address / 128 % 8));
+  }
 };
 
 // A thread's share of one token: the warps of the block are dealt to the tokens, and their threads take vectors of 16
@@ -82,9 +90,8 @@ struct TokenRow {
       if (i * stride >= vectors) break;  // for all threads of the warp: instructions that need not even be fetched
       const int index = first + i * stride;
       if (index < slice_begin || index >= slice_end) continue;
-      const uint32_t piece = index % kStageVectors / 2;
-      shared_store(quantized.row(index / kStageVectors - slice.stage_begin, token) + 16 * (piece ^ (token % 8)) +
-                       8 * (index % 2),
+      const int stage = index / kStageVectors - slice.stage_begin;
+      shared_store(quantized.piece(stage, token, index % kStageVectors / 2) + 8 * (index % 2),
                    quantized_vector<T>(values[i], scale));
     }
     if (vectors > 0 && first == 0) {
@@ -95,6 +102,7 @@ struct TokenRow {
         p.found_token_scale[token] = token_scale;
       }
     }
+    if constexpr (!C::kWarpRings) async_proxy_fence();  // wgmma reads what was written here
     __syncthreads();
   }
 };

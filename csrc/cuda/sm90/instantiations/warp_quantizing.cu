@@ -1,4 +1,0 @@
-#include "cuda/sm90/instantiate.cuh"
-
-MARLIN_QQQ_INSTANTIATE_SM90_VARIANT("warp8", false, kQuantizing)
-MARLIN_QQQ_INSTANTIATE_SM90_VARIANT("warp8", true, kQuantizing)
