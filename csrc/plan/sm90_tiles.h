@@ -100,7 +100,7 @@ struct Sm90Tile {
   // sm90_stages_ahead). For warpgroups where `warp` tiles do not do it better (up to 32 tokens), and where a
   // quantisation's block still fits beside them (up to 80).
   constexpr int stages_ahead() const {
-    const bool narrow = cooperation == Cooperation::kDepth && blocks == 1;
+    const bool narrow = cooperation == Cooperation::kDepth && blocks == 1 && warpgroups == 4;
     return warp_rings() || (narrow && tokens > 32 && tokens <= 80) ? 2 : 0;
   }
   // Whether there is a kernel that quantises its activations, and the shared memory that it needs besides: the int8
@@ -145,9 +145,23 @@ inline constexpr Sm90Tile kSm90Tiles[] = {
     {"narrow64",   1,  64, Cooperation::kDepth,    4,  4, 1},
     {"narrow80",   1,  80, Cooperation::kDepth,    4,  3, 1},
     {"narrow96",   1,  96, Cooperation::kDepth,    4,  3, 1},
-    {"narrow112",  1, 112, Cooperation::kDepth,    4,  3, 1},
-    {"narrow128",  1, 128, Cooperation::kDepth,    4,  2, 1},
-    // The same with twice the features: half the activations' traffic, and fewer instructions a weight.
+    // Tall: two warpgroups with deeper rings, and up to 256 tokens, for layers whose features are too few tiles of 128.
+    {"tall32",   1,  32, Cooperation::kDepth,    2, 13, 1},
+    {"tall48",   1,  48, Cooperation::kDepth,    2, 10, 1},
+    {"tall64",   1,  64, Cooperation::kDepth,    2,  9, 1},
+    {"tall80",   1,  80, Cooperation::kDepth,    2,  7, 1},
+    {"tall96",   1,  96, Cooperation::kDepth,    2,  6, 1},
+    {"tall112",  1, 112, Cooperation::kDepth,    2,  6, 1},
+    {"tall128",  1, 128, Cooperation::kDepth,    2,  5, 1},
+    {"tall144",  1, 144, Cooperation::kDepth,    2,  5, 1},
+    {"tall160",  1, 160, Cooperation::kDepth,    2,  4, 1},
+    {"tall176",  1, 176, Cooperation::kDepth,    2,  4, 1},
+    {"tall192",  1, 192, Cooperation::kDepth,    2,  3, 1},
+    {"tall208",  1, 208, Cooperation::kDepth,    2,  3, 1},
+    {"tall224",  1, 224, Cooperation::kDepth,    2,  3, 1},
+    {"tall240",  1, 240, Cooperation::kDepth,    2,  3, 1},
+    {"tall256",  1, 256, Cooperation::kDepth,    2,  3, 1},
+    // The narrow ones with twice the features: half the activations' traffic, and fewer instructions a weight.
     {"quad8",      2,   8, Cooperation::kDepth,    4,  5, 1},
     {"quad16",     2,  16, Cooperation::kDepth,    4,  5, 1},
     {"quad32",     2,  32, Cooperation::kDepth,    4,  4, 1},

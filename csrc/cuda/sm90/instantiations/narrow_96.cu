@@ -1,5 +1,0 @@
-#include "cuda/sm90/instantiate.cuh"
-
-MARLIN_QQQ_INSTANTIATE_SM90("narrow96")
-MARLIN_QQQ_INSTANTIATE_SM90("narrow112")
-MARLIN_QQQ_INSTANTIATE_SM90("narrow128")
