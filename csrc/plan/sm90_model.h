@@ -5,78 +5,78 @@
 namespace marlin_qqq::plan {
 
 // Cycles are of the device's nominal clock; a rate is a multiprocessor's unless it says otherwise.
-// Fitted on NVIDIA H100 80GB HBM3: 3,164 problems, 30,869 candidates, mean loss 0.8%.
+// Fitted on NVIDIA H100 80GB HBM3: 5,656 problems, 53,958 candidates, mean loss 1.0%.
 struct Sm90Model {
   // int8 products of wgmma, a cycle
-  double macs_per_cycle = 3940;
+  double macs_per_cycle = 3941;
   // the same of a warpgroup alone, of two that take turns
-  double turn_macs_per_cycle = 3875;
+  double turn_macs_per_cycle = 3868;
   // bytes from L2 into shared memory, a cycle
-  double feed_bytes_per_cycle = 160.9;
+  double feed_bytes_per_cycle = 294.4;
   // cycles that dequantise an output feature's 128 inputs, per-channel and with group scales
-  double channel_dequant_cycles = 2.374;
-  double group_dequant_cycles = 3.917;
+  double channel_dequant_cycles = 2.41;
+  double group_dequant_cycles = 3.316;
   // order of the norm that joins these three, per-channel and with group scales: how well the units overlap, the
   // larger, the better
-  double channel_unit_norm = 9.425;
-  double group_unit_norm = 2.414;
+  double channel_unit_norm = 7.141;
+  double group_unit_norm = 2.024;
 
   // cycles that a ring's stage takes at least, however idle the multiprocessor is
-  double channel_stage_latency = 542.4;
-  double group_stage_latency = 942.2;
+  double channel_stage_latency = 334.4;
+  double group_stage_latency = 744.1;
   // more of them where a warpgroup has two products of 64 features
-  double channel_product_latency = 24.92;
-  double group_product_latency = 485.6;
+  double channel_product_latency = 6.614;
+  double group_product_latency = 501.7;
   // the same for the rings of single warps, which take all of a tile's features
-  double warp_channel_stage_latency = 586.1;
-  double warp_group_stage_latency = 1905;
+  double warp_channel_stage_latency = 369.2;
+  double warp_group_stage_latency = 1648;
   // part of the work on a stage with group scales that is done while the launch before ends, where it is dequantised
   // early
-  double ahead_fraction = 0.5292;
+  double ahead_fraction = 0.5063;
   // what dequantisation costs such warps, against others
-  double warp_dequant_fraction = 0.8994;
+  double warp_dequant_fraction = 0.8301;
   // and more cycles a stage for every token and 64 features of the tile
-  double stage_latency_per_token = 0.03636;
+  double stage_latency_per_token = 0.04369;
   // these cycles where a warp of its own fills the ring, against rings that those who multiply fill
-  double shared_ring_fraction = 0.5561;
+  double shared_ring_fraction = 0.5404;
   // cycles from a stage's request to its arrival: a ring has all its stages on their way at most
-  double memory_latency = 2373;
+  double memory_latency = 1436;
   // order of the norm that joins the stages' latency with the units' work
-  double latency_norm = 5.414;
+  double latency_norm = 2.23;
 
   // cycles of a launch: first bytes to arrive, barriers, the last store
-  double launch_cycles = 201.5;
+  double launch_cycles = 267.3;
   // cycles of it that are hidden where the next launch's blocks find multiprocessors of their own
-  double neighbour_cycles = 2585;
+  double neighbour_cycles = 2337;
   // more cycles that reduce a cluster of two blocks, and for every further block
-  double cluster_reduction_cycles = 2464;
-  double cluster_reduction_per_block = 693.1;
+  double cluster_reduction_cycles = 2763;
+  double cluster_reduction_per_block = 812.7;
   // bytes of sums that a block sends to the others of its cluster, a cycle
-  double exchange_bytes_per_cycle = 23.43;
+  double exchange_bytes_per_cycle = 25.11;
   // the same of blocks whose rings have sums of their own
-  double depth_cluster_cycles = 2566;
-  double depth_cluster_per_block = 13.55;
-  double depth_exchange_bytes_per_cycle = 14.3;
+  double depth_cluster_cycles = 2168;
+  double depth_cluster_per_block = 4.156;
+  double depth_exchange_bytes_per_cycle = 57.16;
   // bytes of partial sums read, a cycle
-  double reduction_bytes_per_cycle = 30.57;
+  double reduction_bytes_per_cycle = 28.64;
   // outputs of the last tile that are stored, a cycle
-  double epilogue_outputs_per_cycle = 7.734;
+  double epilogue_outputs_per_cycle = 7.397;
   // cycles between a block's tiles, or around its only one; the same where its rings' sums are added
-  double wave_cycles = 3981;
-  double depth_wave_cycles = 4037;
+  double wave_cycles = 3606;
+  double depth_wave_cycles = 4269;
   // the same between the tiles of warpgroups that take turns
-  double turn_cycles = 840.6;
+  double turn_cycles = 416.4;
   // microseconds of the second, dependent launch that adds the sums in scratch
-  double reduction_kernel_us = 2.945;
+  double reduction_kernel_us = 2.41;
   // bytes of such sums written and read in L2 by the whole GPU, a microsecond
-  double scratch_bytes_per_us = 3.314e6;
+  double scratch_bytes_per_us = 3.033e6;
   // part of its time that a block waits for each neighbour it shares activations with
-  double multicast_penalty = 0.06416;
+  double multicast_penalty = 0.05485;
 
   // part of the memory bus's rate that a product reaches
-  double bandwidth_fraction = 3;
+  double bandwidth_fraction = 2.302;
   // order of the norm that joins the bytes' time with the multiprocessors'
-  double bandwidth_norm = 0.9937;
+  double bandwidth_norm = 1.148;
 };
 
 inline constexpr Sm90Model kSm90Model{};
