@@ -194,10 +194,8 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
           if (!problem.quantizes || !tile.can_quantize(problem.num_tokens, problem.in_features)) continue;
           plan.quantizes = true;
           plan.shared_memory_bytes += tile.quantization_bytes(problem.num_tokens, divide_up(stage_count, split));
-          if (plan.shared_memory_bytes > device.shared_memory_per_block ||
-              tile.blocks_per_sm * (plan.shared_memory_bytes + 1024) > kSm90SharedMemory) {
-            continue;
-          }
+          if (plan.shared_memory_bytes > device.shared_memory_per_block) continue;
+          if (!tile.fits(plan.shared_memory_bytes)) continue;
           if (in_scratch) plan.scratch_bytes += 4 * problem.num_tokens;  // the scales that it finds
           plan.estimated_us = sm90_estimated_us(problem, device, plan, model);
           plans.push_back(plan);

@@ -29,6 +29,11 @@ enum class Cooperation {
 // Blocks of a cluster: the portable limit.
 inline constexpr int kLargestClusterSplit = 8;
 
+// Shared memory of a multiprocessor; the system takes 1 KB a block of it.
+inline constexpr int kSm90SharedMemory = 228 * 1024;
+inline constexpr int kSm90SystemMemory = 1024;
+inline constexpr int kSm90LargestBlockMemory = kSm90SharedMemory - kSm90SystemMemory;
+
 // Inputs of a token that a product's kernel quantises: every block reads every row, and of longer ones that takes more
 // than a kernel of its own.
 inline constexpr int64_t kLongestQuantizedRow = 16384;
@@ -96,6 +101,10 @@ struct Sm90Tile {
     return 8 * (2 * stages * rings() + exchange_barriers()) + token_scale_bytes() + 1024 + 64;
   }
   constexpr int shared_memory_bytes() const { return staging_bytes() + pipeline_bytes() + fixed_bytes(); }
+  // Whether the blocks that must fit on a multiprocessor do, with so much shared memory each.
+  constexpr bool fits(int block_memory) const {
+    return blocks_per_sm * (block_memory + kSm90SystemMemory) <= kSm90SharedMemory;
+  }
   // Stages of a ring that are dequantised, with group scales, while the kernel before this one ends (see
   // sm90_stages_ahead). For warpgroups where `warp` tiles do not do it better (up to 32 tokens), and where a
   // quantisation's block still fits beside them (up to 80).
@@ -123,10 +132,6 @@ struct Sm90Tile {
            128;
   }
 };
-
-// Shared memory of a multiprocessor; the system takes 1 KB a block of it.
-inline constexpr int kSm90SharedMemory = 228 * 1024;
-inline constexpr int kSm90LargestBlockMemory = kSm90SharedMemory - 1024;
 
 // clang-format off
 inline constexpr Sm90Tile kSm90Tiles[] = {
@@ -219,7 +224,7 @@ constexpr bool sm90_tiles_are_sound() {
     if (tile.blocks * tile.tokens > (tile.takes_group_scales() ? 256 : 320)) return false;   // registers for sums
     if (tile.tokens % (tile.tokens <= 32 ? 8 : 16) != 0 || tile.tokens > 256) return false;  // n of integer wgmma
     if (!tile.depth_split() && (tile.warpgroups != 2 || tile.blocks_per_sm != 1)) return false;
-    if (tile.blocks_per_sm * (tile.shared_memory_bytes() + 1024) > kSm90SharedMemory) return false;
+    if (!tile.fits(tile.shared_memory_bytes())) return false;
   }
   return true;
 }
