@@ -34,6 +34,9 @@ inline constexpr int kSm90SharedMemory = 228 * 1024;
 inline constexpr int kSm90SystemMemory = 1024;
 inline constexpr int kSm90LargestBlockMemory = kSm90SharedMemory - kSm90SystemMemory;
 
+// Rows of the largest box that the copy engine takes, and columns (n) of the largest wgmma.
+inline constexpr int kLargestCopy = 256;
+
 // Inputs of a token that a product's kernel quantises: every block reads every row, and of longer ones that takes more
 // than a kernel of its own.
 inline constexpr int64_t kLongestQuantizedRow = 16384;
@@ -60,11 +63,17 @@ struct Sm90Tile {
   }
   constexpr int panel_features() const { return features() < 128 ? features() : 128; }  // of one copy of weights
   constexpr int activation_bytes() const { return tokens * 128; }
-  // Tokens of a stage that each of `multicast` blocks loads for all of them: no more than there are. The 128-byte
-  // swizzle repeats every eight rows, where every part but the first has to start.
+  // Copies that bring a stage's activations: one of each of the `multicast` blocks that load them for all, or two of
+  // one block, where they are more rows than one copy may have.
+  constexpr int activation_copies(int multicast) const {
+    return multicast == 1 && tokens > kLargestCopy ? 2 : multicast;
+  }
+  // Tokens of one of them: no more than there are. The 128-byte swizzle repeats every eight rows, where every part but
+  // the first has to start.
   constexpr int activation_rows(int64_t num_tokens, int multicast) const {
     const int loaded = num_tokens < tokens ? static_cast<int>(num_tokens) : tokens;
-    return multicast == 1 ? loaded : (loaded + 8 * multicast - 1) / (8 * multicast) * 8;
+    const int copies = activation_copies(multicast);
+    return copies == 1 ? loaded : (loaded + 8 * copies - 1) / (8 * copies) * 8;
   }
   constexpr int weight_bytes() const { return features() * 64; }
   constexpr int scale_bytes() const { return features() * 2; }
@@ -75,23 +84,29 @@ struct Sm90Tile {
   constexpr int threads() const { return 128 * (warpgroups + (depth_split() ? 0 : 1)); }
   // Output staging: each warpgroup has room for `store_buffers` chunks of `store_tokens` rows; 64 features of two bytes
   // are 128 bytes of a row.
-  constexpr int store_tokens() const { return tokens % 32 == 0 && blocks == 1 ? 32 : 16; }
+  constexpr int store_tokens() const { return tokens % 32 == 0 && blocks == 1 && tokens <= 256 ? 32 : 16; }
   constexpr int chunk_bytes() const { return blocks * store_tokens() * 128; }
   static constexpr int store_buffers() { return 4; }
   constexpr int staging_bytes() const { return depth_split() ? 0 : warpgroups * store_buffers() * chunk_bytes(); }
   // Partial sums, int32 [rings][tokens][features + 4] over the rings when the work of a tile is split.
   constexpr int partial_pitch() const { return features() + 4; }
   constexpr int partial_bytes() const { return rings() * tokens * partial_pitch() * 4; }
-  constexpr int pipeline_bytes() const {
-    return rings() * ring_bytes() > partial_bytes() ? rings() * ring_bytes() : partial_bytes();
-  }
-  // Whether the sums that a block receives from the others of a cluster of `split` fit over the rings, beside its own
-  // partial sums where those lie in shared memory too. See exchange.cuh, and reduce_tile in epilogue.cuh.
-  constexpr bool room_for_exchange(int split) const {
+  // Sums that a block receives from the others of a cluster of `split`, each of which finishes a share of the tokens.
+  constexpr int received_bytes(int split) const {
     const int chunk = depth_split() ? 1 : store_tokens();
     const int block_tokens = (tokens / chunk + split - 1) / split * chunk;
-    const int received = (split - 1) * block_tokens * features() * 4;
-    return received + (depth_split() ? partial_bytes() : 0) <= pipeline_bytes();
+    return (split - 1) * block_tokens * features() * 4;
+  }
+  // The rings, or the sums that take their place at the end: partial ones, and with rings of their own what the other
+  // block of a cluster of two sends.
+  constexpr int pipeline_bytes() const {
+    const int sums = partial_bytes() + (depth_split() ? received_bytes(2) : 0);
+    return rings() * ring_bytes() > sums ? rings() * ring_bytes() : sums;
+  }
+  // Whether what a block receives fits over the rings, beside its own partial sums where those lie in shared memory
+  // too. See exchange.cuh, and reduce_tile in epilogue.cuh.
+  constexpr bool room_for_exchange(int split) const {
+    return received_bytes(split) + (depth_split() ? partial_bytes() : 0) <= pipeline_bytes();
   }
   // Barriers, the token scales of the warpgroups' tiles (this one's and the next one's), and the slack that aligns the
   // stages to 1,024 bytes.
@@ -166,6 +181,10 @@ inline constexpr Sm90Tile kSm90Tiles[] = {
     {"tall224",  1, 224, Cooperation::kDepth,    2,  3, 1},
     {"tall240",  1, 240, Cooperation::kDepth,    2,  3, 1},
     {"tall256",  1, 256, Cooperation::kDepth,    2,  3, 1},
+    {"tall272",  1, 272, Cooperation::kDepth,    2,  2, 1},
+    {"tall288",  1, 288, Cooperation::kDepth,    2,  2, 1},
+    {"tall304",  1, 304, Cooperation::kDepth,    2,  2, 1},
+    {"tall320",  1, 320, Cooperation::kDepth,    2,  2, 1},
     // The narrow ones with twice the features: half the activations' traffic, and fewer instructions a weight.
     {"quad8",      2,   8, Cooperation::kDepth,    4,  5, 1},
     {"quad16",     2,  16, Cooperation::kDepth,    4,  5, 1},
@@ -186,6 +205,8 @@ inline constexpr Sm90Tile kSm90Tiles[] = {
     {"wide96",    2,  96, Cooperation::kFeatures, 2, 6, 1},
     {"wide112",   2, 112, Cooperation::kFeatures, 2, 6, 1},
     {"wide128",   2, 128, Cooperation::kFeatures, 2, 5, 1},
+    {"wide144",   2, 144, Cooperation::kFeatures, 2, 5, 1},
+    {"wide160",   2, 160, Cooperation::kFeatures, 2, 5, 1},
     // Turns: a warpgroup's 128 features are the block's.
     {"pingpong64",  2,  64, Cooperation::kPingpong, 2, 8, 1},
     {"pingpong80",  2,  80, Cooperation::kPingpong, 2, 8, 1},
@@ -208,6 +229,10 @@ inline constexpr Sm90Tile kSm90Tiles[] = {
     {"deep224",   1, 224, Cooperation::kFeatures, 2, 5, 1},
     {"deep240",   1, 240, Cooperation::kFeatures, 2, 5, 1},
     {"deep256",   1, 256, Cooperation::kFeatures, 2, 4, 1},
+    {"deep272",   1, 272, Cooperation::kFeatures, 2, 4, 1},
+    {"deep288",   1, 288, Cooperation::kFeatures, 2, 4, 1},
+    {"deep304",   1, 304, Cooperation::kFeatures, 2, 4, 1},
+    {"deep320",   1, 320, Cooperation::kFeatures, 2, 4, 1},
 };
 // clang-format on
 inline constexpr int kSm90TileCount = sizeof(kSm90Tiles) / sizeof(kSm90Tiles[0]);
@@ -221,8 +246,8 @@ constexpr int sm90_tile_index(std::string_view name) {
 
 constexpr bool sm90_tiles_are_sound() {
   for (const Sm90Tile& tile : kSm90Tiles) {
-    if (tile.blocks * tile.tokens > (tile.takes_group_scales() ? 256 : 320)) return false;   // registers for sums
-    if (tile.tokens % (tile.tokens <= 32 ? 8 : 16) != 0 || tile.tokens > 256) return false;  // n of integer wgmma
+    if (tile.blocks * tile.tokens > 320) return false;                  // registers for sums
+    if (tile.tokens % (tile.tokens <= 32 ? 8 : 16) != 0) return false;  // n of integer wgmma
     if (!tile.depth_split() && (tile.warpgroups != 2 || tile.blocks_per_sm != 1)) return false;
     if (!tile.fits(tile.shared_memory_bytes())) return false;
   }

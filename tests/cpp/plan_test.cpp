@@ -400,16 +400,18 @@ TEST(Sm90Tile, TheRowsThatAreLoadedHoldTheTokensAndStayInTheTile) {
   for (const plan::Sm90Tile& tile : plan::kSm90Tiles) {
     for (int multicast : {1, 2, 4}) {
       if (tile.tokens % (8 * multicast) != 0) continue;
+      const int copies = tile.activation_copies(multicast);
       for (int64_t num_tokens = 1; num_tokens <= 2 * tile.tokens; ++num_tokens) {
         const int rows = tile.activation_rows(num_tokens, multicast);
-        EXPECT_GE(rows * multicast, std::min<int64_t>(num_tokens, tile.tokens)) << tile.name << ' ' << num_tokens;
-        EXPECT_LE(rows * multicast, tile.tokens) << tile.name << ' ' << num_tokens;
-        if (multicast > 1) {
+        EXPECT_GE(rows * copies, std::min<int64_t>(num_tokens, tile.tokens)) << tile.name << ' ' << num_tokens;
+        EXPECT_LE(rows * copies, tile.tokens) << tile.name << ' ' << num_tokens;
+        EXPECT_LE(rows, plan::kLargestCopy) << tile.name << ' ' << num_tokens;
+        if (copies > 1) {
           EXPECT_EQ(rows % 8, 0) << tile.name << ' ' << num_tokens;
         }
       }
-      EXPECT_EQ(tile.activation_rows(1, 1), 1);
-      EXPECT_EQ(tile.activation_rows(1 << 20, multicast) * multicast, tile.tokens);
+      EXPECT_EQ(tile.activation_rows(1, multicast), copies == 1 ? 1 : 8);
+      EXPECT_EQ(tile.activation_rows(1 << 20, multicast) * copies, tile.tokens);
     }
   }
 }

@@ -27,7 +27,7 @@ def count_candidates(monkeypatch: pytest.MonkeyPatch, problem: reference.Problem
 @pytest.mark.parametrize("family", ["sm80", "sm90"])
 @pytest.mark.parametrize("group_size", [128, -1])
 @pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("num_tokens", [1, 16, 33, 128, 257])
+@pytest.mark.parametrize("num_tokens", [1, 16, 33, 128, 257, 400])
 @pytest.mark.parametrize("out_features, in_features", [(64, 128), (320, 384), (1024, 2048)])
 def test_every_candidate(monkeypatch, family, group_size, out_dtype, num_tokens, out_features, in_features):
     if family == "sm90" and torch.cuda.get_device_capability() != (9, 0):

@@ -35,6 +35,21 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address) {
 }
 constexpr uint64_t kDescriptorStep32 = 32 >> 4;
 
+// sums (+)= A x B as WgmmaInt8, for any number of tokens: of more than 256 as two products of the same A.
+template <int kTokens>
+__device__ __forceinline__ void wgmma_int8(int32_t (&sums)[kTokens / 2], const uint32_t (&a)[4], uint64_t b,
+                                           int32_t accumulate) {
+  if constexpr (kTokens <= 256) {
+    WgmmaInt8<kTokens>::issue(sums, a, b, accumulate);
+  } else {
+    constexpr int kFirst = (kTokens / 2 + 15) / 16 * 16;
+    constexpr int kSecond = kTokens - kFirst;
+    WgmmaInt8<kFirst>::issue(reinterpret_cast<int32_t(&)[kFirst / 2]>(sums), a, b, accumulate);
+    WgmmaInt8<kSecond>::issue(reinterpret_cast<int32_t(&)[kSecond / 2]>(sums[kFirst / 2]), a, b + kFirst * 128 / 16,
+                              accumulate);
+  }
+}
+
 // The registers of a warpgroup's threads (PTX ISA, setmaxnreg): taken from or given to the block's pool.
 template <int kCount>
 __device__ __forceinline__ void registers_increase() {

@@ -60,6 +60,8 @@ struct Config {
   static constexpr int kChunkBytes = kTile.chunk_bytes();
   static constexpr int kStoreBuffers = kTile.store_buffers();
   static constexpr int kPartialPitch = kTile.partial_pitch();
+  // Sums and operands leave a thread so few registers that addresses kept through the products would spill.
+  static constexpr bool kScarceRegisters = !kDepthSplit && !kPingpong && kBlocks * (kTokens / 2 + 16) >= 176;
 
   static constexpr int kActivationBytes = kTile.activation_bytes();
   static constexpr int kWeightBytes = kTile.weight_bytes();

@@ -105,6 +105,10 @@ __device__ __forceinline__ void load_activations(const Parameters& p, const Ring
   if constexpr (C::kQuantizes) return;
   if (C::kDepthSplit || multicast.blocks == 1) {
     tma_load(&p.activations, ring.activations(stage), ring.full(stage), 128 * block, tile.token, kEvictNormal);
+    if constexpr (C::kTokens > plan::kLargestCopy) {
+      tma_load(&p.activations, ring.activations(stage) + p.activation_rows * 128, ring.full(stage), 128 * block,
+               tile.token + p.activation_rows, kEvictNormal);
+    }
   } else {
     const int row = multicast.rank * multicast.rows;
     tma_load_multicast(&p.activations, ring.activations(stage) + row * 128, ring.full(stage), 128 * block,

@@ -53,10 +53,10 @@ struct FeatureFactors {
 // Starts fetching a tile's token scales to shared memory, a copy for each warpgroup, by its threads; zero beyond the
 // last token.
 template <class C>
-__device__ __forceinline__ void fetch_token_scales(const Parameters& p, uint32_t token_scales, int token) {
+__device__ __forceinline__ void fetch_token_scales(const Parameters& p, uint32_t token_scales, int token, int thread) {
 #pragma unroll
   for (int i = 0; i < C::kTokens; i += 128) {
-    const int index = threadIdx.x % 128 + i;
+    const int index = thread + i;
     if (index < C::kTokens) {
       const bool inside = token + index < p.num_tokens;
       copy_async_or_zero(token_scales + 4 * index, p.token_scale + (inside ? token + index : 0), inside);
@@ -73,10 +73,41 @@ struct OutputChunk {
 
   float2 scale[kOctets];  // of the thread's tokens
 
+  // Where registers are scarce: kept from chunk to chunk, which the compiler would not do by itself.
+  uint32_t first_scale;
+  uint32_t staged[C::kBlocks][2];
+
+  __device__ __forceinline__ OutputChunk(uint32_t token_scales, int warp, int lane) {
+    if constexpr (C::kScarceRegisters) {
+      first_scale = scale_address(token_scales, lane);
+#pragma unroll
+      for (int j = 0; j < C::kBlocks; ++j) {
+#pragma unroll
+        for (int b = 0; b < 2; ++b) {
+          staged[j][b] = staging_offset(j, b, warp, lane);
+          asm volatile("" : "+r"(staged[j][b]));
+        }
+      }
+    }
+  }
+
+  static __device__ __forceinline__ uint32_t scale_address(uint32_t token_scales, int lane) {
+    return token_scales + 4 * 2 * (lane % 4);
+  }
+
+  // Of the first octet, in a staging buffer: [panels of 64 features][tokens][64], swizzled as the copy engine reads it.
+  static __device__ __forceinline__ uint32_t staging_offset(int j, int b, int warp, int lane) {
+    const int row = lane / 4;
+    const int column = chunk_feature<C::kBlocks>(warp, lane % 4) + 16 * j + 8 * b;
+    const uint32_t swizzled = (column % 64 / 8) ^ (row % 8);
+    return column / 64 * C::kStoreTokens * 128 + row * 128 + swizzled * 16 + 4 * (lane % 4);
+  }
+
   __device__ __forceinline__ void load_scales(int chunk, uint32_t token_scales, int lane) {
+    const uint32_t first = C::kScarceRegisters ? first_scale : scale_address(token_scales, lane);
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
-      scale[i] = shared_load_float2(token_scales + 4 * (chunk * C::kStoreTokens + 8 * i + 2 * (lane % 4)));
+      scale[i] = shared_load_float2(first + 4 * (chunk * C::kStoreTokens + 8 * i));
     }
   }
 
@@ -113,7 +144,7 @@ struct OutputChunk {
     }
   }
 
-  // -> a staging buffer, [panels of 64 features][tokens][64], swizzled as the copy engine reads it.
+  // -> a staging buffer.
   __device__ __forceinline__ void stage(uint32_t buffer, int warp, int lane) const {
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
@@ -121,13 +152,8 @@ struct OutputChunk {
       for (int j = 0; j < C::kBlocks; ++j) {
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
-          const int row = 8 * i + lane / 4;
-          const int column = chunk_feature<C::kBlocks>(warp, lane % 4) + 16 * j + 8 * b;
-          const uint32_t swizzled = (column % 64 / 8) ^ (row % 8);
-          asm volatile("st.shared.b32 [%0], %1;" ::"r"(buffer + column / 64 * C::kStoreTokens * 128 + row * 128 +
-                                                       swizzled * 16 + 4 * (lane % 4)),
-                       "r"(pairs[i][j][b])
-                       : "memory");
+          const uint32_t offset = C::kScarceRegisters ? staged[j][b] : staging_offset(j, b, warp, lane);
+          asm volatile("st.shared.b32 [%0], %1;" ::"r"(buffer + offset + 8 * i * 128), "r"(pairs[i][j][b]) : "memory");
         }
       }
     }
@@ -139,13 +165,14 @@ struct OutputChunk {
 template <class C, bool kHasBias, bool kBFloat16, bool kExchanged>
 __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging, uint32_t token_scales,
                                            const FeatureFactors<C>& factors, const WorkTile& tile, int feature,
-                                           int warpgroup, int warp, int lane,
+                                           int warpgroup, int warp, int thread,
                                            int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
+  const int lane = thread % 32;
   constexpr int kBuffers = C::kStoreBuffers;
   // Chunks that go to the copy engine together: each time, the threads wait for their writes to shared memory.
   constexpr int kGroup = kExchanged ? 1 : 2;
   constexpr int kGroups = kBuffers / kGroup;
-  const bool leader = threadIdx.x % 128 == 0;
+  const bool leader = thread % 128 == 0;
   const uint32_t warpgroup_staging = staging + warpgroup * kBuffers * C::kChunkBytes;
 
   copy_async_wait_all();
@@ -155,7 +182,7 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
   // the same time.
   constexpr int kAhead = C::kChunks < 4 ? C::kChunks : 4;
   // Not set up where there is none: its divisions would stand between a block's tiles.
-  const std::conditional_t<kExchanged, Exchange<C>, NoExchange> exchange(p, staging, tile);
+  const std::conditional_t<kExchanged, Exchange<C>, NoExchange> exchange(p, staging, tile, thread);
   typename Exchange<C>::Turn turn;
   typename Exchange<C>::Turn turn_ahead;
   if constexpr (kExchanged) {
@@ -165,7 +192,7 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
       turn_ahead.next(exchange.split);
     }
   }
-  OutputChunk<C> output;
+  OutputChunk<C> output(token_scales, warp, lane);
   if constexpr (!kExchanged) {
     output.load_scales(0, token_scales, lane);
     output.template convert<kHasBias, kBFloat16>(0, sums, factors);

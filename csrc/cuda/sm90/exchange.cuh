@@ -27,7 +27,7 @@ struct Exchange {
   uint32_t barriers;  // one for each of the block's chunks
   int thread;         // among those that multiply the tile
 
-  __device__ __forceinline__ Exchange(const Parameters& p, uint32_t shared, const WorkTile& tile)
+  __device__ __forceinline__ Exchange(const Parameters& p, uint32_t shared, const WorkTile& tile, int thread)
       : split(p.split),
         rank(static_cast<int>(cluster_block_rank()) / p.multicast),
         first_rank(static_cast<int>(cluster_block_rank()) - rank * p.multicast),
@@ -36,7 +36,7 @@ struct Exchange {
         block_chunks((chunks + split - 1) / split),
         received(shared + C::kRingOffset),
         barriers(shared + C::kExchangeBarrierOffset),
-        thread(static_cast<int>(threadIdx.x) % C::kTileThreads) {}
+        thread(thread % C::kTileThreads) {}
 
   // Whose a chunk is, and which of that block's: counted along with the chunks, without divisions.
   struct Turn {
@@ -100,7 +100,7 @@ struct Exchange {
 
 // Of a tile that no cluster shares.
 struct NoExchange {
-  __device__ __forceinline__ NoExchange(const Parameters&, uint32_t, const WorkTile&) {}
+  __device__ __forceinline__ NoExchange(const Parameters&, uint32_t, const WorkTile&, int) {}
 };
 
 }  // namespace marlin_qqq::cuda::sm90

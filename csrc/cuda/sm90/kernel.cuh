@@ -30,6 +30,22 @@ __device__ __forceinline__ void finish_partial(const Parameters& p, uint32_t sha
   reduce_tile<C>(p, shared, tile, factors, C::kDepthSplit ? block_rank : 0, threadIdx.x);
 }
 
+// The number of a thread among those that multiply. Where registers are scarce, in a form that the compiler cannot look
+// through: what follows from it is then computed anew for every tile, and not kept in registers through the products.
+template <class C>
+__device__ __forceinline__ int thread_of_tile() {
+  int thread = threadIdx.x % C::kConsumerThreads;
+  if constexpr (C::kScarceRegisters) asm volatile("" : "+r"(thread));
+  return thread;
+}
+
+// WorkTile::shared; where registers are scarce from what is kept anyway, at 0.1 us a launch.
+template <class C>
+__device__ __forceinline__ bool is_shared(const Parameters& p, const WorkTile& tile) {
+  if constexpr (C::kScarceRegisters) return p.split > 1 && tile.stage_end - tile.stage_begin < p.stage_count;
+  return tile.shared;
+}
+
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(const __grid_constant__ Parameters p) {
   extern __shared__ uint8_t dynamic_shared_memory[];
@@ -104,9 +120,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
     const int ring_index = C::kWarpRings ? warp : C::kDepthSplit ? warpgroup : 0;
     const auto ring = Ring<C>::of(shared, ring_index);
     auto next_tile = tile_walk();
-    bool has_met_cluster = C::kDepthSplit;  // at its one barrier after the first
     RingPosition<C::kStages> position;
     WorkTile tile;
+    tile.shared = false;
     int32_t sums[C::kBlocks][C::kTokens / 2];
     if constexpr (C::kDepthSplit) {
       next_tile(tile);
@@ -199,27 +215,28 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
         const uint32_t token_scales = both_token_scales + 4 * C::kTokens * odd_tile;
         odd_tile ^= 1;
         FeatureFactors<C> factors;
+        const int loading_thread = thread_of_tile<C>();
         if (p.scratch_split == 1) {
-          factors.load(p, first_feature, warp % 4, lane);
-          fetch_token_scales<C>(p, token_scales, tile.token);
+          factors.load(p, first_feature, warp % 4, loading_thread % 32);
+          fetch_token_scales<C>(p, token_scales, tile.token, loading_thread % 128);
         }
-        if (tile.shared && threadIdx.x % C::kTileThreads == 0) Exchange<C>(p, shared, tile).expect();
+        if (is_shared<C>(p, tile) && threadIdx.x % C::kTileThreads == 0) Exchange<C>(p, shared, tile, 0).expect();
         if (waits_for_turn) named_barrier_sync(kTurn + warpgroup, C::kConsumerThreads);
         waits_for_turn = C::kPingpong;
         const auto rows = [&](int, int stage) { return ring.activations(stage); };
         consume<C>(ring, position, tile, reader, StagesAhead<C>(), rows, release, pass_turn, sums);
+        const int thread = thread_of_tile<C>();
         if (!C::kPingpong && p.scratch_split > 1) {
-          finish_partial<C>(p, shared, tile, cluster_size, block_rank, warpgroup, warp % 4, lane, sums);
+          finish_partial<C>(p, shared, tile, cluster_size, block_rank, warpgroup, warp % 4, thread % 32, sums);
         } else {
           const auto store = [&](auto kHasBias, auto kBFloat16, auto kExchanged) {
             store_tile<C, kHasBias, kBFloat16, kExchanged>(p, shared, token_scales, factors, tile, first_feature,
-                                                           warpgroup, warp % 4, lane, sums);
+                                                           warpgroup, warp % 4, thread, sums);
           };
           using std::false_type, std::true_type;
-          if (tile.shared) {
+          if (is_shared<C>(p, tile)) {
             cluster_arrive();
             cluster_wait();  // all blocks are done with their stages
-            has_met_cluster = true;
             p.output_is_bfloat16 ? store(true_type{}, true_type{}, true_type{})
                                  : store(true_type{}, false_type{}, true_type{});
           } else if (p.bias != nullptr) {
@@ -234,9 +251,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
       }
       if (threadIdx.x % 128 == 0) tma_store_wait_all();
     }
-    // No block leaves while another may still write into its shared memory. Blocks that exchange sums have waited for
-    // all that is written.
-    if (cluster_size > 1 && !has_met_cluster) {
+    // No block leaves while another may still write into its shared memory. Blocks whose last tile was shared have met,
+    // and waited for all that is written.
+    if (cluster_size > 1 && !C::kDepthSplit && !is_shared<C>(p, tile)) {
       cluster_arrive();
       cluster_wait();
     }

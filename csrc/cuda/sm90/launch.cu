@@ -106,7 +106,7 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
     }
   } else {
     p.activation_rows = tile.activation_rows(problem.num_tokens, plan.multicast);
-    p.activation_bytes = 128 * p.activation_rows * plan.multicast;
+    p.activation_bytes = 128 * p.activation_rows * tile.activation_copies(plan.multicast);
     error = encode_tensor_map(&p.activations, ElementType::kInt8, arguments.activations, tokens, inputs,
                               p.activation_rows, 128, /*swizzle=*/true);
   }

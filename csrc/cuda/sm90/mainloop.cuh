@@ -210,7 +210,7 @@ __device__ __forceinline__ void consume(const Ring<C>& ring, RingPosition<C::kSt
     wgmma_fence();
 #pragma unroll
     for (int j = 0; j < C::kBlocks; ++j) {
-      WgmmaInt8<C::kTokens>::issue(sums[j], operands.a[j], activations, accumulate);
+      wgmma_int8<C::kTokens>(sums[j], operands.a[j], activations, accumulate);
     }
     accumulate = 1;
     wgmma_commit();
