@@ -83,8 +83,11 @@ struct Sm90Tile {
   // A warp that only copies gets a warpgroup's worth of threads, so that it can hand registers over.
   constexpr int threads() const { return 128 * (warpgroups + (depth_split() ? 0 : 1)); }
   // Output staging: each warpgroup has room for `store_buffers` chunks of `store_tokens` rows; 64 features of two bytes
-  // are 128 bytes of a row.
-  constexpr int store_tokens() const { return tokens % 32 == 0 && blocks == 1 && tokens <= 256 ? 32 : 16; }
+  // are 128 bytes of a row. Larger chunks are fewer fences. The last one may be half of one, so that a copy has
+  // `store_rows` rows.
+  constexpr int store_tokens() const { return blocks == 1 && tokens < 320 ? 32 : 16; }
+  constexpr int store_chunks() const { return (tokens + store_tokens() - 1) / store_tokens(); }
+  constexpr int store_rows() const { return tokens % store_tokens() == 0 ? store_tokens() : store_tokens() / 2; }
   constexpr int chunk_bytes() const { return blocks * store_tokens() * 128; }
   static constexpr int store_buffers() { return 4; }
   constexpr int staging_bytes() const { return depth_split() ? 0 : warpgroups * store_buffers() * chunk_bytes(); }
@@ -94,8 +97,8 @@ struct Sm90Tile {
   // Sums that a block receives from the others of a cluster of `split`, each of which finishes a share of the tokens.
   constexpr int received_bytes(int split) const {
     const int chunk = depth_split() ? 1 : store_tokens();
-    const int block_tokens = (tokens / chunk + split - 1) / split * chunk;
-    return (split - 1) * block_tokens * features() * 4;
+    const int chunks = depth_split() ? tokens : store_chunks();
+    return (split - 1) * ((chunks + split - 1) / split * chunk) * features() * 4;
   }
   // The rings, or the sums that take their place at the end: partial ones, and with rings of their own what the other
   // block of a cluster of two sends.
@@ -111,7 +114,7 @@ struct Sm90Tile {
   // Barriers, the token scales of the warpgroups' tiles (this one's and the next one's), and the slack that aligns the
   // stages to 1,024 bytes.
   constexpr int token_scale_bytes() const { return depth_split() ? 0 : warpgroups * 2 * 4 * tokens; }
-  constexpr int exchange_barriers() const { return depth_split() ? 1 : (tokens / store_tokens() + 1) / 2; }
+  constexpr int exchange_barriers() const { return depth_split() ? 1 : (store_chunks() + 1) / 2; }
   constexpr int fixed_bytes() const {
     return 8 * (2 * stages * rings() + exchange_barriers()) + token_scale_bytes() + 1024 + 64;
   }
@@ -225,9 +228,9 @@ inline constexpr Sm90Tile kSm90Tiles[] = {
     {"deep160",   1, 160, Cooperation::kFeatures, 2, 6, 1},
     {"deep176",   1, 176, Cooperation::kFeatures, 2, 6, 1},
     {"deep192",   1, 192, Cooperation::kFeatures, 2, 5, 1},
-    {"deep208",   1, 208, Cooperation::kFeatures, 2, 6, 1},
+    {"deep208",   1, 208, Cooperation::kFeatures, 2, 5, 1},
     {"deep224",   1, 224, Cooperation::kFeatures, 2, 5, 1},
-    {"deep240",   1, 240, Cooperation::kFeatures, 2, 5, 1},
+    {"deep240",   1, 240, Cooperation::kFeatures, 2, 4, 1},
     {"deep256",   1, 256, Cooperation::kFeatures, 2, 4, 1},
     {"deep272",   1, 272, Cooperation::kFeatures, 2, 4, 1},
     {"deep288",   1, 288, Cooperation::kFeatures, 2, 4, 1},

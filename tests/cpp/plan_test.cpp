@@ -426,7 +426,7 @@ TEST(Sm90Candidates, BlocksThatExchangeSumsHaveRoomAndBarriersForThem) {
       ++exchanges;
       // Received: from every other block, its sums of this block's share of the tokens, as int32.
       const int chunk = tile.depth_split() ? 1 : tile.store_tokens();
-      const int chunks = tile.tokens / chunk;
+      const int chunks = (tile.tokens + chunk - 1) / chunk;
       const int block_chunks = (chunks + candidate.split - 1) / candidate.split;
       const int received = (candidate.split - 1) * block_chunks * chunk * tile.features() * 4;
       const int own = tile.depth_split() ? tile.partial_bytes() : 0;

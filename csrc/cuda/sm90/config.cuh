@@ -56,8 +56,14 @@ struct Config {
   static constexpr int kStagesAhead = kGrouped && kVariant != Variant::kPlain ? kTile.stages_ahead() : 0;
 
   static constexpr int kStoreTokens = kTile.store_tokens();  // rows of an output staging chunk
-  static constexpr int kChunks = kTokens / kStoreTokens;
+  static constexpr int kChunks = kTile.store_chunks();
+  static constexpr int kStoreRows = kTile.store_rows();  // of one copy
   static constexpr int kChunkBytes = kTile.chunk_bytes();
+  static constexpr int kOctets =
+      kStoreTokens / 8;  // tokens of a chunk, by eights; the last chunk may have half of them
+  static __device__ __forceinline__ constexpr bool has_octet(int chunk, int octet) {
+    return chunk * kStoreTokens + 8 * octet < kTokens;
+  }
   static constexpr int kStoreBuffers = kTile.store_buffers();
   static constexpr int kPartialPitch = kTile.partial_pitch();
   // Sums and operands leave a thread so few registers that addresses kept through the products would spill.
@@ -104,7 +110,7 @@ struct Parameters {
   CUtensorMap activations;   // int8   [num_tokens, in_features],              box [activation_rows, 128], swizzled
   CUtensorMap weights;       // uint32 [in_features / 16, 2 * out_features],   box [8, 2 * panel_features]
   CUtensorMap group_scales;  // fp16   [in_features / 128, out_features],      box [1, panel_features]
-  CUtensorMap output;        // 16 bit [num_tokens, out_features],             box [store_tokens, 64], swizzled
+  CUtensorMap output;        // 16 bit [num_tokens, out_features],             box [store_rows, 64], swizzled
 
   // Activations that the kernel quantises itself (Config::kQuantizes): fp16 or bf16, rows `x_row_stride` elements
   // apart.

@@ -68,7 +68,7 @@ __device__ __forceinline__ void fetch_token_scales(const Parameters& p, uint32_t
 // 8 * i + lane / 4 of the chunk.
 template <class C>
 struct OutputChunk {
-  static constexpr int kOctets = C::kStoreTokens / 8;
+  static constexpr int kOctets = C::kOctets;
   uint32_t pairs[kOctets][C::kBlocks][2];
 
   float2 scale[kOctets];  // of the thread's tokens
@@ -107,6 +107,7 @@ struct OutputChunk {
     const uint32_t first = C::kScarceRegisters ? first_scale : scale_address(token_scales, lane);
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
+      if (!C::has_octet(chunk, i)) continue;
       scale[i] = shared_load_float2(first + 4 * (chunk * C::kStoreTokens + 8 * i));
     }
   }
@@ -117,6 +118,7 @@ struct OutputChunk {
                                           const FeatureFactors<C>& factors) {
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
+      if (!C::has_octet(chunk, i)) continue;
 #pragma unroll
       for (int j = 0; j < C::kBlocks; ++j) {
 #pragma unroll
@@ -136,6 +138,7 @@ struct OutputChunk {
     // A thread has two tokens of one feature: after the transposition, two features of one token.
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
+      if (!C::has_octet(chunk, i)) continue;
 #pragma unroll
       for (int j = 0; j < C::kBlocks; ++j) {
 #pragma unroll
@@ -145,9 +148,10 @@ struct OutputChunk {
   }
 
   // -> a staging buffer.
-  __device__ __forceinline__ void stage(uint32_t buffer, int warp, int lane) const {
+  __device__ __forceinline__ void stage(int chunk, uint32_t buffer, int warp, int lane) const {
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
+      if (!C::has_octet(chunk, i)) continue;
 #pragma unroll
       for (int j = 0; j < C::kBlocks; ++j) {
 #pragma unroll
@@ -219,7 +223,7 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
       if (leader) tma_store_wait_read<kGroups - 1>();
       named_barrier_sync(kStagingFree + warpgroup, 128);
     }
-    output.stage(warpgroup_staging + place % kBuffers * C::kChunkBytes, warp, lane);
+    output.stage(chunk, warpgroup_staging + place % kBuffers * C::kChunkBytes, warp, lane);
     // The next chunk is converted while this one is on its way to shared memory.
     if (!kExchanged && chunk + 1 < C::kChunks) {
       output.template convert<kHasBias, kBFloat16>(chunk + 1, sums, factors);
@@ -241,7 +245,11 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
         const uint32_t source = warpgroup_staging + (place - back) % kBuffers * C::kChunkBytes;
 #pragma unroll
         for (int panel = 0; panel < C::kBlocks; ++panel) {
-          tma_store(&p.output, source + panel * C::kStoreTokens * 128, feature + 64 * panel, row);
+#pragma unroll
+          for (int part = 0; part < C::kStoreTokens; part += C::kStoreRows) {
+            if (!C::has_octet(chunk - back, part / 8)) continue;
+            tma_store(&p.output, source + (panel * C::kStoreTokens + part) * 128, feature + 64 * panel, row + part);
+          }
         }
       }
       tma_store_commit();

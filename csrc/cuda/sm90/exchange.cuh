@@ -12,7 +12,7 @@ namespace marlin_qqq::cuda::sm90 {
 
 template <class C>
 struct Exchange {
-  static constexpr int kOctets = C::kStoreTokens / 8;
+  static constexpr int kOctets = C::kOctets;
   // A chunk from one block: 16 bytes a thread for every octet of tokens and product.
   static constexpr int kVectorBytes = 16 * C::kTileThreads;
   static constexpr int kChunkBytes = kOctets * C::kBlocks * kVectorBytes;
@@ -50,10 +50,16 @@ struct Exchange {
     }
   };
 
+  // What a block sends of a chunk: the last one may be half of one.
+  static __device__ __forceinline__ int chunk_bytes(int chunk) {
+    const bool half = C::kTokens % C::kStoreTokens != 0 && chunk == C::kChunks - 1;
+    return half ? kChunkBytes / 2 : kChunkBytes;
+  }
+
   // In one thread, before anything is sent.
   __device__ __forceinline__ void expect() const {
     for (int i = 0; i * split + rank < chunks; ++i) {
-      barrier_arrive_expect(barriers + 8 * i, (split - 1) * kChunkBytes);
+      barrier_arrive_expect(barriers + 8 * i, (split - 1) * chunk_bytes(i * split + rank));
     }
   }
 
@@ -68,6 +74,7 @@ struct Exchange {
     const uint32_t barrier = cluster_address(barriers + 8 * turn.place, block);
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
+      if (!C::has_octet(chunk, i)) continue;
 #pragma unroll
       for (int j = 0; j < C::kBlocks; ++j) {
         const int32_t* sum = &sums[j][4 * (chunk * kOctets + i)];
@@ -84,6 +91,7 @@ struct Exchange {
       const uint32_t source = received + (sender * block_chunks + place) * kChunkBytes + 16 * thread;
 #pragma unroll
       for (int i = 0; i < kOctets; ++i) {
+        if (!C::has_octet(chunk, i)) continue;
 #pragma unroll
         for (int j = 0; j < C::kBlocks; ++j) {
           const int4 part = shared_load_int4(source + (i * C::kBlocks + j) * kVectorBytes);

@@ -120,7 +120,7 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   }
   const bool partial = tile.depth_split() || plan.scratch_split > 1;
   if (error == cudaSuccess && !partial) {
-    error = encode_tensor_map(&p.output, ElementType::kUInt16, arguments.output, tokens, features, tile.store_tokens(),
+    error = encode_tensor_map(&p.output, ElementType::kUInt16, arguments.output, tokens, features, tile.store_rows(),
                               64, /*swizzle=*/true);
   }
   plan_early_fetch(p, tile, plan, problem, arguments.constant_weights);
