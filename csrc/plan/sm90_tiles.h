@@ -85,11 +85,11 @@ struct Sm90Tile {
   // Output staging: each warpgroup has room for `store_buffers` chunks of `store_tokens` rows; 64 features of two bytes
   // are 128 bytes of a row. Larger chunks are fewer fences. The last one may be half of one, so that a copy has
   // `store_rows` rows.
-  constexpr int store_tokens() const { return blocks == 1 && tokens < 320 ? 32 : 16; }
+  constexpr int store_tokens() const { return blocks == 1 ? 32 : 16; }
   constexpr int store_chunks() const { return (tokens + store_tokens() - 1) / store_tokens(); }
   constexpr int store_rows() const { return tokens % store_tokens() == 0 ? store_tokens() : store_tokens() / 2; }
   constexpr int chunk_bytes() const { return blocks * store_tokens() * 128; }
-  static constexpr int store_buffers() { return 4; }
+  constexpr int store_buffers() const { return blocks == 1 && tokens > 304 ? 3 : 4; }  // of 320 tokens three fit
   constexpr int staging_bytes() const { return depth_split() ? 0 : warpgroups * store_buffers() * chunk_bytes(); }
   // Partial sums, int32 [rings][tokens][features + 4] over the rings when the work of a tile is split.
   constexpr int partial_pitch() const { return features() + 4; }

@@ -174,7 +174,7 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
   const int lane = thread % 32;
   constexpr int kBuffers = C::kStoreBuffers;
   // Chunks that go to the copy engine together: each time, the threads wait for their writes to shared memory.
-  constexpr int kGroup = kExchanged ? 1 : 2;
+  constexpr int kGroup = kExchanged || kBuffers % 2 != 0 ? 1 : 2;
   constexpr int kGroups = kBuffers / kGroup;
   const bool leader = thread % 128 == 0;
   const uint32_t warpgroup_staging = staging + warpgroup * kBuffers * C::kChunkBytes;
