@@ -90,8 +90,7 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
                           (1 - model.ahead_fraction * ahead / ring_stages);
 
   const double outputs = features * tokens;
-  double ending =
-      tile.depth_split() ? model.depth_wave_cycles : model.wave_cycles + outputs / model.wave_outputs_per_cycle;
+  double ending = tile.depth_split() ? model.depth_wave_cycles : model.wave_cycles;
   double tail = model.launch_cycles;
   if (tile.depth_split() || plan.scratch_split > 1) {
     ending += outputs * 4 * tile.rings() / model.reduction_bytes_per_cycle;
@@ -146,8 +145,10 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
     // Few tokens of few inputs: rings of parts of the inputs, which walk over them side by side, have been faster in
     // all but a few problems measured, by up to a fifth; the model does not see it.
     if (!tile.depth_split() && problem.num_tokens <= 48 && stage_count <= 12) continue;
-    // So have they been with group scales for the fewest tokens of any layer.
+    // So have they been with group scales for the fewest tokens of any layer,
     if (!tile.depth_split() && problem.num_tokens <= 16 && problem.group_size > 0) continue;
+    // and tiles of 256 tokens for the most tokens, by up to a tenth, than the largest ones.
+    if (tile.large() && problem.num_tokens > 1024) continue;
     for (int multicast : {1, 2, 4}) {
       if (multicast > 1 && (tile.depth_split() || tile.tokens % (8 * multicast) != 0)) continue;
       if (multicast > 1 && problem.out_features <= int64_t{tile.features()} * (multicast / 2)) continue;

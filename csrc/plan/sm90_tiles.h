@@ -57,6 +57,8 @@ struct Sm90Tile {
   constexpr bool takes_group_scales() const { return !pingpong(); }
   constexpr bool depth_split() const { return cooperation == Cooperation::kDepth || warp_rings(); }
   constexpr int rings() const { return warp_rings() ? 4 * warpgroups : depth_split() ? warpgroups : 1; }
+  // Sums that fill the registers further than 64 features of 256 tokens do.
+  constexpr bool large() const { return !pingpong() && blocks * tokens > 256; }
   constexpr int warpgroup_features() const { return (warp_rings() ? 16 : 64) * blocks; }
   constexpr int features() const {
     return warpgroup_features() * (cooperation == Cooperation::kFeatures ? warpgroups : 1);

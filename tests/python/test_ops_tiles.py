@@ -45,11 +45,14 @@ def test_every_candidate(monkeypatch, family, group_size, out_dtype, num_tokens,
 
 
 # 33 tiles of 128 features: with up to 17 of tokens, blocks of every multiprocessor walk over several, and a ring of
-# 7 or 8 stages is somewhere else at each one's start.
+# 7 or 8 stages is somewhere else at each one's start. 66 tiles, for those that are for at most 1,024 tokens.
 @pytest.mark.parametrize("group_size", [128, -1])
-@pytest.mark.parametrize("in_features", [128, 896, 1152, 2048])
-def test_blocks_that_walk_over_several_tiles(monkeypatch, group_size, in_features):
-    problem = reference.random_problem(1100, 4224, in_features, group_size, seed=in_features)
+@pytest.mark.parametrize(
+    "num_tokens, out_features, in_features",
+    [(1100, 4224, 128), (1100, 4224, 896), (1100, 4224, 1152), (1100, 4224, 2048), (1000, 8448, 896)],
+)
+def test_blocks_that_walk_over_several_tiles(monkeypatch, group_size, num_tokens, out_features, in_features):
+    problem = reference.random_problem(num_tokens, out_features, in_features, group_size, seed=in_features)
     expected = marlin_qqq_gemm(*problem.arguments).cuda()
     on_gpu = problem.to("cuda")
     for candidate in range(count_candidates(monkeypatch, on_gpu)):
@@ -57,18 +60,23 @@ def test_blocks_that_walk_over_several_tiles(monkeypatch, group_size, in_feature
         assert torch.equal(marlin_qqq_gemm(*on_gpu.arguments), expected), f"candidate {candidate}"
 
 
-# 33 tiles of 128 features x 3 to 11 of tokens: more than there are multiprocessors, most of them with a few left over.
+# 33 tiles of 128 features x 3 to 11 of tokens, 48 x 4 of more than 256: more than there are multiprocessors, most of
+# them with a few left over.
 @pytest.mark.parametrize("group_size", [128, -1])
 @pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("in_features", [256, 896, 2048])
-def test_tiles_that_clusters_share_after_whole_ones(monkeypatch, group_size, out_dtype, in_features):
+@pytest.mark.parametrize(
+    "num_tokens, out_features, in_features", [(700, 4224, 256), (700, 4224, 896), (700, 4224, 2048), (1000, 6144, 640)]
+)
+def test_tiles_that_clusters_share_after_whole_ones(
+    monkeypatch, group_size, out_dtype, num_tokens, out_features, in_features
+):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the sm90 kernels run on Hopper only")
-    problem = reference.random_problem(700, 4224, in_features, group_size, seed=in_features)
-    bias = torch.randn(4224).to(out_dtype)
+    problem = reference.random_problem(num_tokens, out_features, in_features, group_size, seed=in_features)
+    bias = torch.randn(out_features).to(out_dtype)
     expected = marlin_qqq_gemm(*problem.arguments, bias=bias, out_dtype=out_dtype).cuda()
     on_gpu, bias = problem.to("cuda"), bias.cuda()
-    _, candidates = ask_candidates(700, 4224, in_features, group_size, "cuda")
+    _, candidates = ask_candidates(num_tokens, out_features, in_features, group_size, "cuda")
     names = [candidate.name for candidate in candidates if "rounds of whole tiles" in candidate.text]
     assert names
     for name in names:
