@@ -44,8 +44,8 @@ inline constexpr int64_t kLongestQuantizedRow = 16384;
 struct Sm90Tile {
   std::string_view name;
   int blocks;  // 64-row products a warpgroup keeps: its features are 64 * blocks. 1 or 2. kWarp: 4, of 16 rows a warp
-  int tokens;  // n of the product: a multiple of 8 (up to 32) or 16 (up to 256). Sums a thread: blocks * tokens / 2 <=
-               // 128, 160 per-channel
+  int tokens;  // n of the product: a multiple of 8 (up to 32) or 16 (up to 320; beyond 256 it is two products). Sums a
+               // thread: blocks * tokens / 2 <= 160
   Cooperation cooperation;
   int warpgroups;     // that multiply
   int stages;         // of 128 inputs, a ring
@@ -57,7 +57,7 @@ struct Sm90Tile {
   constexpr bool takes_group_scales() const { return !pingpong(); }
   constexpr bool depth_split() const { return cooperation == Cooperation::kDepth || warp_rings(); }
   constexpr int rings() const { return warp_rings() ? 4 * warpgroups : depth_split() ? warpgroups : 1; }
-  // Sums that fill the registers further than 64 features of 256 tokens do.
+  // More sums than those of 64 features and 256 tokens a warpgroup, by which nearly all registers are taken.
   constexpr bool large() const { return !pingpong() && blocks * tokens > 256; }
   constexpr int warpgroup_features() const { return (warp_rings() ? 16 : 64) * blocks; }
   constexpr int features() const {
