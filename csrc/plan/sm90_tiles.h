@@ -3,9 +3,12 @@
 // stages_ahead() is not zero).
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
+
+#include "format/divide_up.h"
 
 namespace marlin_qqq::plan {
 
@@ -34,7 +37,7 @@ inline constexpr int kSm90SharedMemory = 228 * 1024;
 inline constexpr int kSm90SystemMemory = 1024;
 inline constexpr int kSm90LargestBlockMemory = kSm90SharedMemory - kSm90SystemMemory;
 
-// Rows of the largest box that the copy engine takes, and columns (n) of the largest wgmma.
+// Rows of the largest box that the copy engine takes.
 inline constexpr int kLargestCopy = 256;
 
 // Inputs of a token that a product's kernel quantises: every block reads every row, and of longer ones that takes more
@@ -88,7 +91,7 @@ struct Sm90Tile {
   // are 128 bytes of a row. Larger chunks are fewer fences. The last one may be half of one, so that a copy has
   // `store_rows` rows.
   constexpr int store_tokens() const { return blocks == 1 ? 32 : 16; }
-  constexpr int store_chunks() const { return (tokens + store_tokens() - 1) / store_tokens(); }
+  constexpr int store_chunks() const { return static_cast<int>(divide_up(tokens, store_tokens())); }
   constexpr int store_rows() const { return tokens % store_tokens() == 0 ? store_tokens() : store_tokens() / 2; }
   constexpr int chunk_bytes() const { return blocks * store_tokens() * 128; }
   constexpr int store_buffers() const { return blocks == 1 && tokens > 304 ? 3 : 4; }  // of 320 tokens three fit
@@ -96,23 +99,20 @@ struct Sm90Tile {
   // Partial sums, int32 [rings][tokens][features + 4] over the rings when the work of a tile is split.
   constexpr int partial_pitch() const { return features() + 4; }
   constexpr int partial_bytes() const { return rings() * tokens * partial_pitch() * 4; }
-  // Sums that a block receives from the others of a cluster of `split`, each of which finishes a share of the tokens.
-  constexpr int received_bytes(int split) const {
+  // Where the blocks of a cluster of `split` add up what they have of a tile: the sums that a block receives from the
+  // others, each of which finishes a share of the tokens, and its own partial sums where those lie in shared memory
+  // too. See exchange.cuh, and reduce_tile in epilogue.cuh.
+  constexpr int exchange_bytes(int split) const {
     const int chunk = depth_split() ? 1 : store_tokens();
     const int chunks = depth_split() ? tokens : store_chunks();
-    return (split - 1) * ((chunks + split - 1) / split * chunk) * features() * 4;
+    const int received = (split - 1) * static_cast<int>(divide_up(chunks, split)) * chunk * features() * 4;
+    return received + (depth_split() ? partial_bytes() : 0);
   }
-  // The rings, or the sums that take their place at the end: partial ones, and with rings of their own what the other
-  // block of a cluster of two sends.
+  // The rings, or the sums that take their place at the end. There is room for a cluster of two.
   constexpr int pipeline_bytes() const {
-    const int sums = partial_bytes() + (depth_split() ? received_bytes(2) : 0);
-    return rings() * ring_bytes() > sums ? rings() * ring_bytes() : sums;
+    return std::max({rings() * ring_bytes(), partial_bytes(), exchange_bytes(2)});
   }
-  // Whether what a block receives fits over the rings, beside its own partial sums where those lie in shared memory
-  // too. See exchange.cuh, and reduce_tile in epilogue.cuh.
-  constexpr bool room_for_exchange(int split) const {
-    return received_bytes(split) + (depth_split() ? partial_bytes() : 0) <= pipeline_bytes();
-  }
+  constexpr bool room_for_exchange(int split) const { return exchange_bytes(split) <= pipeline_bytes(); }
   // Barriers, the token scales of the warpgroups' tiles (this one's and the next one's), and the slack that aligns the
   // stages to 1,024 bytes.
   constexpr int token_scale_bytes() const { return depth_split() ? 0 : warpgroups * 2 * 4 * tokens; }

@@ -59,8 +59,8 @@ struct Config {
   static constexpr int kChunks = kTile.store_chunks();
   static constexpr int kStoreRows = kTile.store_rows();  // of one copy
   static constexpr int kChunkBytes = kTile.chunk_bytes();
-  static constexpr int kOctets =
-      kStoreTokens / 8;  // tokens of a chunk, by eights; the last chunk may have half of them
+  // Tokens of a chunk, by eights. The last chunk may have half of them.
+  static constexpr int kOctets = kStoreTokens / 8;
   static __device__ __forceinline__ constexpr bool has_octet(int chunk, int octet) {
     return chunk * kStoreTokens + 8 * octet < kTokens;
   }
