@@ -312,6 +312,33 @@ TEST(Sm90Candidates, FewTokensOfFewInputsAreForRingsOfPartsOfTheInputs) {
   EXPECT_TRUE(shares_a_ring(48, 1664));
 }
 
+TEST(Sm90Candidates, TheFewestTokensWithGroupScalesAreForRingsOfPartsOfTheInputs) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  const auto shares_a_ring = [&device](int64_t num_tokens, int64_t group_size) {
+    const std::vector<Plan> candidates = plan::sm90_candidates({num_tokens, 37888, 3584, group_size}, device);
+    EXPECT_FALSE(candidates.empty());
+    return std::ranges::any_of(candidates,
+                               [](const Plan& candidate) { return !plan::kSm90Tiles[candidate.tile].depth_split(); });
+  };
+  EXPECT_FALSE(shares_a_ring(16, 128));
+  EXPECT_TRUE(shares_a_ring(17, 128));
+  EXPECT_TRUE(shares_a_ring(16, -1));
+}
+
+TEST(Sm90Candidates, TheLargestTilesAreForUpTo1024Tokens) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  const auto has = [&device](std::string_view tile, int64_t num_tokens) {
+    return std::ranges::any_of(plan::sm90_candidates({num_tokens, 28672, 4096, 128}, device),
+                               [tile](const Plan& candidate) { return candidate.tile_name == tile; });
+  };
+  for (const std::string_view tile : {"deep272", "deep320", "wide144", "wide160"}) {
+    EXPECT_TRUE(has(tile, 1024)) << tile;
+    EXPECT_FALSE(has(tile, 1025)) << tile;
+  }
+  EXPECT_TRUE(has("deep256", 1025));
+  EXPECT_TRUE(has("wide128", 1025));
+}
+
 // More tiles than blocks: whole rounds and one in which every cluster has a tile at most are all of the tiles.
 TEST(Sm90Candidates, BlocksShareOnlyTheLastOfTheirTiles) {
   const DeviceProperties device = plan::reference_device("sm_90");
