@@ -3,6 +3,9 @@
 On a GPU the unit is one CUDA graph of many launches that rotate over copies of the weights which together are larger
 than L2, so that every launch finds its weights in device memory, as a model's layers do. The graphs of all
 implementations are replayed in turn, in a new order each round, so that clocks and temperature are the same for all.
+After each replay the GPU rests. Without the rests a compute-bound graph runs at whatever clock the power limit leaves
+after the graphs before it, and the same kernel differs by up to 15 % from one run to the next; with them by under 1 %
+(docs/benchmark.md). What the power limit does to long work is the sustained method's to show.
 
 On a CPU it is the wall clock around one call, also in turn.
 """
@@ -28,6 +31,11 @@ MINIMUM_GRAPH_US = 250.0
 # Outputs of a graph's launches stay alive up to this many bytes, so that launches do not rewrite lines that are in L2.
 LIVE_OUTPUT_BYTES = 1 << 30
 SUSTAINED_LAUNCHES = 400
+# Before those, launches of the same kind, until the power limit has found its clock for them.
+SETTLING_US = 1e5
+# A rest, in times of the replay before it.
+REST = 2.0
+SLEEP_CYCLES_PER_US = 1800.0  # of torch.cuda._sleep, near enough
 
 Launch = Callable[[int], Any]
 
@@ -96,12 +104,13 @@ class CapturedLaunches:
 
 
 def time_graphs(graphs: dict[str, CapturedLaunches], replays: int, warmup_us: float = 5e4) -> dict[str, Sample]:
-    """Replays the graphs in turn, ``replays`` rounds in a new order each, and times every replay with events."""
+    """Replays the graphs in turn with rests, ``replays`` rounds in a new order each; events time every replay."""
     import torch
 
     if not graphs:
         return {}
     _warm_up(graphs, warmup_us)
+    once_us = {name: _replay_us(graph) for name, graph in graphs.items()}
     generator = random.Random(0)
     names = list(graphs)
     events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in names}
@@ -114,6 +123,7 @@ def time_graphs(graphs: dict[str, CapturedLaunches], replays: int, warmup_us: fl
             start.record()
             graphs[name].replay()
             end.record()
+            torch.cuda._sleep(int(REST * once_us[name] * SLEEP_CYCLES_PER_US))
             events[name].append((start, end))
     torch.cuda.synchronize()
     return {
@@ -130,16 +140,22 @@ def time_graphs_sustained(
 ) -> dict[str, Sample]:
     """400 launches back to back, ``rounds`` times, the implementations in turn; the SM clock and power beside it.
 
+    A tenth of a second of the same launches goes before them: without it, short ones would have the clock that the
+    implementation before them left.
+
     ``clocks()`` is a context manager whose value has ``sm_clock_mhz`` and ``power_w`` after it ends.
     """
     import torch
 
     _warm_up(graphs, 5e4)
+    once_us = {name: _replay_us(graph) for name, graph in graphs.items()}
     times: dict[str, list[float]] = {name: [] for name in graphs}
     readings: dict[str, list[tuple[float | None, float | None]]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name, graph in graphs.items():
             repeats = max(1, math.ceil(SUSTAINED_LAUNCHES / graph.launches))
+            for _ in range(math.ceil(SETTLING_US / once_us[name])):
+                graph.replay()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
             with clocks() as reading:
@@ -191,17 +207,22 @@ def _output_bytes(output: Any) -> int:
 def _warm_up(graphs: dict[str, CapturedLaunches], warmup_us: float) -> None:
     import torch
 
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for graph in graphs.values():
-        graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    once_us = max(start.elapsed_time(end) * 1e3, 1.0)
+    once_us = sum(_replay_us(graph) for graph in graphs.values())
     for _ in range(min(50, math.floor(warmup_us / once_us))):
         for graph in graphs.values():
             graph.replay()
     torch.cuda.synchronize()
+
+
+def _replay_us(graph: CapturedLaunches) -> float:
+    import torch
+
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return max(start.elapsed_time(end) * 1e3, 1.0)
 
 
 def _median_or_none(values: Sequence[float | None]) -> float | None:
