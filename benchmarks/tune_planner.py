@@ -152,7 +152,7 @@ class Sweep:
         sizes = (tokens, shape.out_features, shape.in_features, mode)
         if sizes in self.done:
             return "measured before"
-        device, candidates = ask_candidates(*sizes, self.runner.settings.device)
+        device, candidates = ask_candidates(*sizes, self.runner.settings.device, constant_weights=True)
         known = self.runner.run.environment.setdefault(planner_fit.PLANNER_DEVICE, device)
         if self.num_before and self.device != known:
             raise ValueError(f"{self.path} was measured on another GPU than this one; give another --json")

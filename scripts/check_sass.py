@@ -24,7 +24,8 @@ from check_ptxas import cuda_objects
 
 FUNCTION = re.compile(r"Function : (\S+)")
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);")
-BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
+# One that closes a loop has a predicate. Without, it returns to where a wait that took longer left the straight way.
+BRANCH = re.compile(r"^@\S+ +BRA\b.*?(0x[0-9a-f]+)")
 PRODUCT = re.compile(r"\bIG?MMA\b")
 MOVE = re.compile(r"\bR2UR\S*\s+UR(\d+)")
 DESCRIPTOR = re.compile(r"\bgdesc\[UR(\d+)\]")

@@ -29,9 +29,6 @@ struct GemmArguments {
   const void* bias;              // OutputType [out_features], natural order; nullptr: none
   void* output;                  // OutputType [num_tokens, out_features]
   OutputType output_type;
-  // The caller promises that no kernel still running on the device writes packed_weight, group_scale,
-  // channel_scale or bias: the kernel may then fetch them while the kernel before it drains.
-  bool constant_weights;
   Rows rows = {};
 };
 

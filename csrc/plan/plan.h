@@ -18,6 +18,9 @@ struct Problem {
   // Whether the activations arrive as rows of fp16 or bf16, 16-byte aligned, and the launch includes their
   // quantisation: in a kernel of its own, or in the product's where that is faster (Plan::quantizes).
   bool quantizes = false;
+  // The caller promises that no kernel still running on the device writes the packed weights, their scales or the bias:
+  // the product may then fetch them while the kernel before it drains.
+  bool constant_weights = false;
 
   bool operator==(const Problem&) const = default;
 };

@@ -8,6 +8,9 @@ namespace {
 
 constexpr int kLargestSplit = 16;
 
+// Multiply-adds of a product that takes about a third of a millisecond: there the clock falls within a launch.
+constexpr double kLongProduct = 3e11;
+
 // Clusters of this many blocks that run at once.
 int cluster_slots(const DeviceProperties& device, int cluster_size, int blocks_per_sm) {
   return device.clusters[cluster_size - 1] * blocks_per_sm;
@@ -35,6 +38,28 @@ double quantization_us(const Problem& problem, const DeviceProperties& device, c
   return half ? 0.5 : 0.7;
 }
 
+// Of rings that flow on from tile to tile: they wait for the memory bus or for the fullest multiprocessor's work.
+double flow_us(const Problem& problem, const DeviceProperties& device, const Plan& plan, const Sm90Model& model) {
+  const Sm90Tile& tile = kSm90Tiles[plan.tile];
+  const bool grouped = problem.group_size > 0;
+  const double later_octets = tile.tokens / 8 - 1;
+  const double stage_cycles = grouped
+                                  ? model.flow_group_stage_cycles + later_octets * model.flow_group_octet_cycles
+                                  : model.flow_channel_stage_cycles + later_octets * model.flow_channel_octet_cycles;
+  const double ring_stages = static_cast<double>(problem.in_features / 128) / tile.rings();
+  const double tiles = static_cast<double>(problem.out_features / tile.features()) / plan.resident_blocks;
+  const double most_tiles = plan.split > 1 ? plan.whole_rounds + 1.0 / plan.split : std::ceil(tiles);
+  const double tile_cycles = ring_stages * stage_cycles + model.flow_tile_cycles;
+  double cycles = most_tiles * tile_cycles;
+  if (problem.constant_weights) {
+    cycles -= model.flow_hidden_fraction * (most_tiles - tiles) * tile_cycles;
+    if (plan.split > 1) cycles += model.flow_cluster_cycles;
+  }
+  const double bytes_us = problem_bytes(problem) / (model.flow_bandwidth_fraction * device.memory_gb_per_s * 1e3);
+  const double cycles_a_us = device.clock_ghz * 1e3;
+  return norm(cycles / cycles_a_us, bytes_us, model.flow_bandwidth_norm) + model.flow_launch_cycles / cycles_a_us;
+}
+
 }  // namespace
 
 int sm90_stages_ahead(const Problem& problem, const Plan& plan) {
@@ -51,6 +76,8 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   const bool grouped = problem.group_size > 0;
   const int cluster_size = plan.split * plan.multicast;
   const int total_split = plan.split * plan.scratch_split;
+  const double quantization = problem.quantizes ? quantization_us(problem, device, plan) : 0;
+  if (tile.flows()) return flow_us(problem, device, plan, model) + quantization;
 
   const SliceCycles slice = {
       features * tokens * 128 / (tile.pingpong() ? model.turn_macs_per_cycle : model.macs_per_cycle),
@@ -125,8 +152,7 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
     const double sums = 8.0 * plan.scratch_split * static_cast<double>(problem.num_tokens) * problem.out_features;
     us += model.reduction_kernel_us + sums / model.scratch_bytes_per_us;
   }
-  if (problem.quantizes) us += quantization_us(problem, device, plan);
-  return std::max(us, 0.1);
+  return std::max(us + quantization, 0.1);
 }
 
 std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties& device) {
@@ -149,6 +175,14 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
     if (!tile.depth_split() && problem.num_tokens <= 16 && problem.group_size > 0) continue;
     // For many tokens the largest tiles have been up to a tenth slower than the model says, those of 256 tokens not.
     if (tile.large() && problem.num_tokens > 1024) continue;
+    // The warpgroups' turns at tiles of up to 128 tokens keep shared memory busy in every cycle. In long products that
+    // costs more clock than it is worth: up to a tenth against those of 160 tokens or other tiles.
+    const double products = static_cast<double>(problem.num_tokens) * problem.out_features * problem.in_features;
+    if (tile.pingpong() && tile.tokens <= 128 && products > kLongProduct) continue;
+    // Every ring of a cluster of two has to have a stage of a tile, and of fewer inputs other tiles have been faster.
+    // One tile a multiprocessor is what `warp` tiles are for.
+    if (tile.flows() && stage_count < 2 * tile.rings()) continue;
+    if (tile.flows() && problem.out_features / tile.features() <= device.num_sms) continue;
     for (int multicast : {1, 2, 4}) {
       if (multicast > 1 && (tile.depth_split() || tile.tokens % (8 * multicast) != 0)) continue;
       if (multicast > 1 && problem.out_features <= int64_t{tile.features()} * (multicast / 2)) continue;
@@ -156,6 +190,7 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
       for (int split = 1; split <= std::min<int64_t>(kLargestSplit, stage_count); ++split) {
         for (const bool in_scratch : {false, true}) {
           if (in_scratch ? split == 1 : split * multicast > kLargestClusterSplit) continue;
+          if (tile.flows() && (in_scratch || split > 2)) continue;
           if (!in_scratch && !tile.room_for_exchange(split)) continue;
           Plan plan;
           plan.family = Family::kSm90;
@@ -179,15 +214,15 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
           // cluster, it is shared.
           const int64_t round = slots * split;
           const int64_t left = works % round;
-          if (split > 1 && !in_scratch && !tile.depth_split() && works > round && left > 0 && left <= slots) {
+          if (split > 1 && !in_scratch && tile.walks() && works > round && left > 0 && left <= slots) {
             plan.whole_rounds = static_cast<int>(works / round);
           }
-          if (split > 1 && plan.whole_rounds == 0 && (works > 2 * slots || tile.pingpong())) continue;
+          if (split > 1 && plan.whole_rounds == 0 && (works > 2 * slots || tile.pingpong() || tile.flows())) continue;
           // Where rings of their own need more blocks than run at once, and each weight more than once, a tile of more
           // tokens has been faster in every problem measured.
           if (tile.depth_split() && problem.num_tokens > tile.tokens && works > slots) continue;
           // A persistent grid walks whole tiles; otherwise split ones have a cluster each.
-          const bool persistent = !tile.depth_split() && (split == 1 || plan.whole_rounds > 0);
+          const bool persistent = tile.walks() && (split == 1 || plan.whole_rounds > 0);
           const int64_t clusters = persistent ? std::min(works, slots) : works;
           if (clusters * cluster_size > kLargestExtent) continue;
           plan.grid = static_cast<int>(clusters * cluster_size);
@@ -197,7 +232,8 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
           plans.push_back(plan);
           if (!problem.quantizes || !tile.can_quantize(problem.num_tokens, problem.in_features)) continue;
           plan.quantizes = true;
-          plan.shared_memory_bytes += tile.quantization_bytes(problem.num_tokens, divide_up(stage_count, split));
+          plan.shared_memory_bytes +=
+              tile.quantization_bytes(problem.num_tokens, tile.flows() ? stage_count : divide_up(stage_count, split));
           if (plan.shared_memory_bytes > device.shared_memory_per_block) continue;
           if (!tile.fits(plan.shared_memory_bytes)) continue;
           if (in_scratch) plan.scratch_bytes += 4 * problem.num_tokens;  // the scales that it finds

@@ -27,6 +27,10 @@ enum class Cooperation {
   // Every warp has a ring of its own, its part of the inputs and all of the tile's 64 features, which it multiplies
   // with mma.sync. For the fewest tokens: warps never meet before the end, and one load serves four products.
   kWarp,
+  // The same, by blocks that walk over tiles: where one ends, a ring goes on with the next one's stages, so that
+  // weights
+  // arrive all the time. For the fewest tokens and more tiles than multiprocessors.
+  kFlow,
 };
 
 // Blocks of a cluster: the portable limit.
@@ -55,10 +59,13 @@ struct Sm90Tile {
   int blocks_per_sm;  // thread blocks that must fit on a multiprocessor together
 
   // Bytes and shapes that follow from a row
-  constexpr bool warp_rings() const { return cooperation == Cooperation::kWarp; }
+  constexpr bool flows() const { return cooperation == Cooperation::kFlow; }
+  constexpr bool warp_rings() const { return cooperation == Cooperation::kWarp || flows(); }
   constexpr bool pingpong() const { return cooperation == Cooperation::kPingpong; }
   constexpr bool takes_group_scales() const { return !pingpong(); }
   constexpr bool depth_split() const { return cooperation == Cooperation::kDepth || warp_rings(); }
+  // Whether a block walks over tiles.
+  constexpr bool walks() const { return !depth_split() || flows(); }
   constexpr int rings() const { return warp_rings() ? 4 * warpgroups : depth_split() ? warpgroups : 1; }
   // More sums than those of 64 features and 256 tokens a warpgroup, by which nearly all registers are taken.
   constexpr bool large() const { return !pingpong() && blocks * tokens > 256; }
@@ -99,6 +106,10 @@ struct Sm90Tile {
   // Partial sums, int32 [rings][tokens][features + 4] over the rings when the work of a tile is split.
   constexpr int partial_pitch() const { return features() + 4; }
   constexpr int partial_bytes() const { return rings() * tokens * partial_pitch() * 4; }
+  // Where rings flow on, sums meet beside them: int32 [tokens][features + 4] of this tile, the same of the next one,
+  // and what the other block of a cluster sends of half of the features of a tile that they share.
+  constexpr int flow_sum_bytes() const { return tokens * partial_pitch() * 4; }
+  constexpr int flow_bytes() const { return flows() ? 2 * flow_sum_bytes() + tokens * features() / 2 * 4 : 0; }
   // Where the blocks of a cluster of `split` add up what they have of a tile: the sums that a block receives from the
   // others, each of which finishes a share of the tokens, and its own partial sums where those lie in shared memory
   // too. See exchange.cuh, and reduce_tile in epilogue.cuh.
@@ -120,7 +131,9 @@ struct Sm90Tile {
   constexpr int fixed_bytes() const {
     return 8 * (2 * stages * rings() + exchange_barriers()) + token_scale_bytes() + 1024 + 64;
   }
-  constexpr int shared_memory_bytes() const { return staging_bytes() + pipeline_bytes() + fixed_bytes(); }
+  constexpr int shared_memory_bytes() const {
+    return staging_bytes() + pipeline_bytes() + flow_bytes() + fixed_bytes();
+  }
   // Whether the blocks that must fit on a multiprocessor do, with so much shared memory each.
   constexpr bool fits(int block_memory) const {
     return blocks_per_sm * (block_memory + kSm90SystemMemory) <= kSm90SharedMemory;
@@ -130,7 +143,7 @@ struct Sm90Tile {
   // quantisation's block still fits beside them (up to 80).
   constexpr int stages_ahead() const {
     const bool narrow = cooperation == Cooperation::kDepth && blocks == 1 && warpgroups == 4;
-    return warp_rings() || (narrow && tokens > 32 && tokens <= 80) ? 2 : 0;
+    return cooperation == Cooperation::kWarp || (narrow && tokens > 32 && tokens <= 80) ? 2 : 0;
   }
   // Whether there is a kernel that quantises its activations, and the shared memory that it needs besides: the int8
   // rows of a block's stages (and what wgmma reads of eight rows where there are fewer), the tokens' scales and a
@@ -204,6 +217,11 @@ inline constexpr Sm90Tile kSm90Tiles[] = {
     {"stream32",   2,  32, Cooperation::kDepth,    2,  4, 2},
     {"stream48",   2,  48, Cooperation::kDepth,    2,  3, 2},
     {"stream64",   2,  64, Cooperation::kDepth,    2,  3, 2},
+    // The warps' tiles, one after the other.
+    {"flow8",      4,   8, Cooperation::kFlow,     2,  4, 1},
+    {"flow16",     4,  16, Cooperation::kFlow,     2,  4, 1},
+    {"flow24",     4,  24, Cooperation::kFlow,     2,  3, 1},
+    {"flow32",     4,  32, Cooperation::kFlow,     2,  3, 1},
     // Wide features, medium tokens: 256 features a block halve the activations' traffic.
     {"wide64",    2,  64, Cooperation::kFeatures, 2, 7, 1},
     {"wide80",    2,  80, Cooperation::kFeatures, 2, 7, 1},

@@ -54,7 +54,7 @@ std::string to_string(const plan::TileDescription& tile) {
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument("plan: " + message); }
 
 plan::Problem checked_problem(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
-                              bool quantizes = false) {
+                              bool quantizes, bool constant_weights) {
   if (num_tokens < 0) refuse("num_tokens must be 0 or more, got " + std::to_string(num_tokens));
   if (out_features <= 0 || out_features % format::kOutFeaturesMultiple != 0) {
     refuse("out_features must be a positive multiple of 64, got " + std::to_string(out_features));
@@ -66,7 +66,13 @@ plan::Problem checked_problem(int64_t num_tokens, int64_t out_features, int64_t 
   if (group_size != format::kGroupSize && group_size != -1) {
     refuse("group_size must be 128 or -1 (per-channel), got " + std::to_string(group_size));
   }
-  return {num_tokens, out_features, in_features, group_size, quantizes};
+  return {num_tokens, out_features, in_features, group_size, quantizes, constant_weights};
+}
+
+// As tune_planner.py measures it.
+plan::Problem swept_problem(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size) {
+  return checked_problem(num_tokens, out_features, in_features, group_size, /*quantizes=*/false,
+                         /*constant_weights=*/true);
 }
 
 plan::Family family_of(const std::string& name) {
@@ -79,15 +85,18 @@ plan::Family family_of(const std::string& name) {
 
 plan::Plan make_plan(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
                      const std::string& device, const std::string& tile, int split, const std::string& family,
-                     bool quantizes) {
-  return plan::make_plan(checked_problem(num_tokens, out_features, in_features, group_size, quantizes),
-                         plan::reference_device(device), tile, split, family_of(family));
+                     bool quantizes, bool constant_weights) {
+  return plan::make_plan(
+      checked_problem(num_tokens, out_features, in_features, group_size, quantizes, constant_weights),
+      plan::reference_device(device), tile, split, family_of(family));
 }
 
 std::vector<plan::Plan> candidates(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
-                                   const std::string& device, const std::string& family, bool quantizes) {
-  return plan::candidates(checked_problem(num_tokens, out_features, in_features, group_size, quantizes),
-                          plan::reference_device(device), family_of(family));
+                                   const std::string& device, const std::string& family, bool quantizes,
+                                   bool constant_weights) {
+  return plan::candidates(
+      checked_problem(num_tokens, out_features, in_features, group_size, quantizes, constant_weights),
+      plan::reference_device(device), family_of(family));
 }
 
 std::map<std::string, double> sm90_model() {
@@ -116,7 +125,7 @@ std::vector<plan::Plan> sm90_candidates(int64_t num_tokens, int64_t out_features
                                         const plan::DeviceProperties& device,
                                         const std::map<std::string, double>& model) {
   std::vector<plan::Plan> plans = plan::sm90_candidates(
-      checked_problem(num_tokens, out_features, in_features, group_size), device, sm90_model_with(model));
+      swept_problem(num_tokens, out_features, in_features, group_size), device, sm90_model_with(model));
   std::stable_sort(plans.begin(), plans.end(),
                    [](const plan::Plan& a, const plan::Plan& b) { return a.estimated_us < b.estimated_us; });
   return plans;
@@ -128,7 +137,7 @@ class Sm90Estimator {
   // Adds candidates of a problem by their names. Returns their texts; "": no such candidate, not added.
   std::vector<std::string> add(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
                                const plan::DeviceProperties& device, const std::vector<std::string>& names) {
-    const plan::Problem problem = checked_problem(num_tokens, out_features, in_features, group_size);
+    const plan::Problem problem = swept_problem(num_tokens, out_features, in_features, group_size);
     std::map<std::string, plan::Plan> plans;
     for (const plan::Plan& plan : plan::sm90_candidates(problem, device)) plans[plan::candidate_name(plan)] = plan;
     std::vector<std::string> texts;
@@ -224,10 +233,10 @@ PYBIND11_MODULE(_introspection, module) {
 
   module.def("plan", &make_plan, py::arg("num_tokens"), py::arg("out_features"), py::arg("in_features"),
              py::arg("group_size") = 128, py::arg("device") = "sm_90", py::arg("tile") = "", py::arg("split") = 0,
-             py::arg("family") = "", py::arg("quantizes") = false);
+             py::arg("family") = "", py::arg("quantizes") = false, py::arg("constant_weights") = false);
   module.def("candidates", &candidates, py::arg("num_tokens"), py::arg("out_features"), py::arg("in_features"),
              py::arg("group_size") = 128, py::arg("device") = "sm_90", py::arg("family") = "",
-             py::arg("quantizes") = false);
+             py::arg("quantizes") = false, py::arg("constant_weights") = false);
   module.def("tile_table", &plan::tile_table);
   module.def("reference_device", &plan::reference_device, py::arg("architecture"));
   module.def("sm90_model", &sm90_model, "the Hopper cost model's constants (csrc/plan/sm90_model.h)");

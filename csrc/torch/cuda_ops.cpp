@@ -103,7 +103,8 @@ class PlanCache {
         mix(static_cast<uint64_t>(problem.num_tokens) * 0x9E3779B97F4A7C15u +
             static_cast<uint64_t>(problem.out_features) * 0xC2B2AE3D27D4EB4Fu +
             static_cast<uint64_t>(problem.in_features) * 0x165667B19E3779F9u +
-            static_cast<uint64_t>(2 * (problem.group_size + 2) + problem.quantizes) * 0x27D4EB2F165667C5u +
+            static_cast<uint64_t>(4 * (problem.group_size + 2) + 2 * problem.quantizes + problem.constant_weights) *
+                0x27D4EB2F165667C5u +
             static_cast<uint64_t>(device_index));
     Entry& entry = entries_[hash % entries_.size()];
     if (entry.device_index != device_index || entry.problem != problem) {
@@ -136,10 +137,9 @@ class PlanCache {
 // Plans and launches a product that has passed the checks.
 class Product {
  public:
-  Product(const char* op, const GemmCall& call, bool quantizes)
-      : op_(op),
-        call_(call),
-        problem_{call.num_tokens, call.out_features, call.in_features, call.group_size, quantizes} {
+  Product(const char* op, const GemmCall& call, bool quantizes, bool constant_weights)
+      : op_(op), call_(call), problem_{call.num_tokens, call.out_features, call.in_features,
+                                       call.group_size, quantizes,         constant_weights} {
     static thread_local PlanCache cache;
     const PlanOverrides overrides;
     if (overrides.any()) {
@@ -155,18 +155,22 @@ class Product {
   // Whether the kernel takes rows in place of int8 activations and their scales.
   bool takes_rows() const { return plan_->quantizes; }
 
-  void launch(const cuda::Rows& rows, const Tensor& output, bool constant_weights, cudaStream_t stream) const {
+  void launch(const cuda::Rows& rows, const Tensor& output, cudaStream_t stream) const {
     // Freed on return, reused by torch only for work that is later on the same stream.
     std::optional<Tensor> scratch;
     if (plan_->scratch_bytes > 0) {
       scratch = empty({plan_->scratch_bytes}, dtype_codes().int8, call_.device_type, call_.device_index);
     }
     const cuda::GemmArguments arguments{
-        call_.activations,         call_.packed_weight,
-        call_.token_scale,         call_.channel_scale,
-        call_.group_scale,         call_.bias,
-        output.mutable_data_ptr(), call_.output_is_bfloat16 ? cuda::OutputType::kBFloat16 : cuda::OutputType::kFloat16,
-        constant_weights,          rows,
+        call_.activations,
+        call_.packed_weight,
+        call_.token_scale,
+        call_.channel_scale,
+        call_.group_scale,
+        call_.bias,
+        output.mutable_data_ptr(),
+        call_.output_is_bfloat16 ? cuda::OutputType::kBFloat16 : cuda::OutputType::kFloat16,
+        rows,
     };
     check_cuda(op_,
                cuda::launch_gemm(*plan_, problem_, arguments, scratch ? scratch->mutable_data_ptr() : nullptr, stream));
@@ -189,8 +193,8 @@ Tensor marlin_qqq_gemm_cuda(const Tensor& a, const Tensor& b_q_weight, const Ten
   const DeviceGuard guard(call.device_index);
   const Tensor output = call.empty_output();
   if (call.num_tokens == 0) return output;
-  Product("marlin_qqq_gemm", call, /*quantizes=*/false)
-      .launch({}, output, constant_weights, current_stream(call.device_index));
+  Product("marlin_qqq_gemm", call, /*quantizes=*/false, constant_weights)
+      .launch({}, output, current_stream(call.device_index));
   return output;
 }
 
@@ -228,15 +232,15 @@ Tensor marlin_qqq_linear_cuda(const Tensor& x, const Tensor& b_q_weight, const T
   const cuda::Rows rows{call.rows.x.const_data_ptr(), call.rows.row_stride, call.rows.dtype == dtype_codes().bfloat16};
   const bool kernel_reads_rows = call.rows.dtype != dtype_codes().float32 &&
                                  reinterpret_cast<uintptr_t>(rows.x) % kAlignment == 0 && rows.stride % 8 == 0;
-  const Product product(op, gemm, kernel_reads_rows);
+  const Product product(op, gemm, kernel_reads_rows, constant_weights);
   if (product.takes_rows()) {
-    product.launch(rows, output, constant_weights, stream);
+    product.launch(rows, output, stream);
     return output;
   }
   const QuantizeCall activations(call.rows);
   quantize(op, activations, stream);
   gemm.set_activations(activations);
-  product.launch({}, output, constant_weights, stream);
+  product.launch({}, output, stream);
   return output;
 }
 

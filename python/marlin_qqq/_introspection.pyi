@@ -100,6 +100,7 @@ def plan(
     split: int = 0,
     family: str = "",
     quantizes: bool = False,
+    constant_weights: bool = False,
 ) -> Plan: ...
 def candidates(
     num_tokens: int,
@@ -109,6 +110,7 @@ def candidates(
     device: str = "sm_90",
     family: str = "",
     quantizes: bool = False,
+    constant_weights: bool = False,
 ) -> list[Plan]: ...
 def tile_table() -> list[TileDescription]: ...
 def reference_device(architecture: str) -> DeviceProperties: ...

@@ -35,6 +35,7 @@ def plan(
     group_size: int = 128,
     device: str = "sm_90",
     quantizes: bool = False,
+    constant_weights: bool = False,
     **overrides: Any,
 ) -> Plan:
     """The launch that :func:`marlin_qqq.marlin_qqq_gemm` would make for a problem on a GPU.
@@ -47,6 +48,7 @@ def plan(
         device: ``"sm_80"`` (A100), ``"sm_86"``, ``"sm_89"``, ``"sm_90"`` (H100, H200) or ``"sm_120"``.
         quantizes: the launch of :func:`marlin_qqq.marlin_qqq_linear` instead, for fp16 or bf16 rows. The plan's own
             ``quantizes`` says whether the product's kernel quantises them, or a kernel before it does.
+        constant_weights: as the op's argument.
         overrides: ``tile`` (a name from :func:`tile_table` or a plan's ``name``), ``split`` and ``family``
             (``"sm80"``, ``"sm90"``), as the environment variables ``MARLIN_QQQ_TILE``, ``MARLIN_QQQ_SPLIT`` and
             ``MARLIN_QQQ_FAMILY``.
@@ -61,7 +63,16 @@ def plan(
     Example:
         >>> print(marlin_qqq.plan(16, 4096, 4096, 128, device="sm_90"))     # doctest: +SKIP
     """
-    return _module().plan(num_tokens, out_features, in_features, group_size, device, quantizes=quantizes, **overrides)
+    return _module().plan(
+        num_tokens,
+        out_features,
+        in_features,
+        group_size,
+        device,
+        quantizes=quantizes,
+        constant_weights=constant_weights,
+        **overrides,
+    )
 
 
 def candidates(
@@ -71,9 +82,18 @@ def candidates(
     group_size: int = 128,
     device: str = "sm_90",
     quantizes: bool = False,
+    constant_weights: bool = False,
 ) -> list[Plan]:
     """Every launch that could run a problem, the planner's favourite first. Arguments and errors as :func:`plan`."""
-    return _module().candidates(num_tokens, out_features, in_features, group_size, device, quantizes=quantizes)
+    return _module().candidates(
+        num_tokens,
+        out_features,
+        in_features,
+        group_size,
+        device,
+        quantizes=quantizes,
+        constant_weights=constant_weights,
+    )
 
 
 def tile_table() -> list[TileDescription]:

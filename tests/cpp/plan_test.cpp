@@ -234,8 +234,12 @@ TEST(Plan, TileTableHasDistinctNames) {
 }
 
 // A few problems that between them have every kind of tile, split and mode among their candidates.
-constexpr Problem kModelProblems[] = {
-    {1, 4096, 4096, -1}, {16, 4096, 4096, 128}, {64, 8192, 21760, 128}, {2048, 4096, 14336, -1}};
+constexpr Problem kModelProblems[] = {{1, 4096, 4096, -1},
+                                      {16, 4096, 4096, 128},
+                                      {64, 8192, 21760, 128},
+                                      {2048, 4096, 14336, -1},
+                                      {16, 12288, 4096, -1, /*quantizes=*/false, /*constant_weights=*/true},
+                                      {16, 12288, 4096, 128, /*quantizes=*/false, /*constant_weights=*/true}};
 
 TEST(Sm90Model, ItsDefaultValuesAreThePlanners) {
   const DeviceProperties device = plan::reference_device("sm_90");
@@ -337,6 +341,53 @@ TEST(Sm90Candidates, TheLargestTilesAreForUpTo1024Tokens) {
   }
   EXPECT_TRUE(has("deep256", 1025));
   EXPECT_TRUE(has("wide128", 1025));
+}
+
+TEST(Sm90Candidates, RingsFlowOnWhereThereAreMoreTilesThanMultiprocessors) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  const auto flows = [&device](int64_t num_tokens, int64_t out_features, int64_t in_features) {
+    std::vector<Plan> found;
+    for (const Plan& candidate : plan::sm90_candidates({num_tokens, out_features, in_features, 128}, device)) {
+      if (plan::kSm90Tiles[candidate.tile].flows()) found.push_back(candidate);
+    }
+    return found;
+  };
+  EXPECT_TRUE(flows(1, 64 * device.num_sms, 4096).empty());
+  EXPECT_TRUE(flows(1, 12288, 1920).empty());
+  EXPECT_TRUE(flows(33, 12288, 4096).empty());
+  for (const int64_t tiles : {133, 192, 264, 265, 330, 331, 395}) {
+    const std::vector<Plan> found = flows(1, 64 * tiles, 4096);
+    EXPECT_FALSE(found.empty());
+    for (const Plan& candidate : found) {
+      EXPECT_EQ(candidate.grid, device.num_sms) << candidate.tile_name;
+      // Clusters share what is left after whole rounds, if it is a tile for each at most.
+      const int64_t left = tiles % device.num_sms;
+      EXPECT_TRUE(candidate.split == 1 || (left > 0 && left <= device.num_sms / 2)) << tiles;
+      EXPECT_EQ(candidate.whole_rounds, candidate.split > 1 ? tiles / device.num_sms : 0);
+    }
+    const bool any_shares = std::ranges::any_of(found, [](const Plan& candidate) { return candidate.split > 1; });
+    EXPECT_EQ(any_shares, tiles % device.num_sms > 0 && tiles % device.num_sms <= device.num_sms / 2) << tiles;
+  }
+}
+
+// Constant weights are fetched by blocks of the next launch where this one's are done; clusters are not done earlier.
+TEST(Sm90Candidates, ConstantWeightsMakeUpForAnUnevenLastRound) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  Problem problem{8, 12288, 4096, -1};
+  EXPECT_EQ(plan::candidate_name(plan::make_plan(problem, device)), "flow8/2x1/1");
+  problem.constant_weights = true;
+  EXPECT_EQ(plan::candidate_name(plan::make_plan(problem, device)), "flow8/1x1/1");
+}
+
+TEST(Sm90Candidates, LongProductsTakeNoTurnsAtSmallTiles) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  const auto has = [&device](std::string_view tile, int64_t num_tokens) {
+    return std::ranges::any_of(plan::sm90_candidates({num_tokens, 28672, 4096, -1}, device),
+                               [tile](const Plan& candidate) { return candidate.tile_name == tile; });
+  };
+  EXPECT_TRUE(has("pingpong128", 2048));
+  EXPECT_FALSE(has("pingpong128", 4096));
+  EXPECT_TRUE(has("pingpong160", 4096));
 }
 
 // More tiles than blocks: whole rounds and one in which every cluster has a tile at most are all of the tiles.

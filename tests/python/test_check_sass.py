@@ -46,6 +46,14 @@ def test_a_copy_in_a_loop_over_threads_is_found() -> None:
     assert "1 loops over a warp's threads" in problems[0]
 
 
+def test_the_way_back_from_a_wait_is_no_loop() -> None:
+    """A wait that takes longer stands behind the loop and returns into it, past the products before it."""
+    most = check_sass.MOST_MOVES
+    code = [*loop(*moves(10, most + 1)), "EXIT", f"BRA {16 * (most + 2):#x}"]
+    _, problems = check_sass.check(sass(*code))
+    assert problems == [f"_Z6kernelv has {most + 1} R2UR in its loop of products, {most} at most are expected"]
+
+
 def moves(first: int, count: int) -> list[str]:
     """As many moves to uniform registers, from this one on; one of them conditional."""
     return [f"{'@P3 ' if i == 1 else ''}R2UR UR{first + i}, R{6 + i}" for i in range(count)]

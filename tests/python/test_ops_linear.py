@@ -193,14 +193,15 @@ def test_plans_of_kernels_that_quantise():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("sizes", [(64, 128), (192, 2048), (1280, 3840), (8448, 1024), (576, 16384)])
+@pytest.mark.parametrize("sizes", [(64, 128), (192, 2048), (1280, 3840), (8448, 1024), (576, 16384), (8704, 2176)])
 def test_every_quantizing_launch_has_the_bits_of_the_two_ops(monkeypatch, dtype, group_size, sizes):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("kernels that quantise are for compute capability 9.0")
     out_features, in_features = sizes
     tensors = weights(out_features, in_features, group_size, "cuda")
     bias = torch.randn(out_features, device="cuda").to(dtype)
-    launched = dict.fromkeys(("warp8", "quad8", "stream8"), 0)
+    flows = out_features > 64 * torch.cuda.get_device_properties(0).multi_processor_count
+    launched = dict.fromkeys(("warp8", "quad8", "stream8", "flow8") if flows else ("warp8", "quad8", "stream8"), 0)
     for num_tokens in range(1, 9):
         x = torch.randn(num_tokens, in_features + 8, device="cuda").to(dtype)[:, 8:]
         if num_tokens > 2:

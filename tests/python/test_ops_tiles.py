@@ -86,6 +86,29 @@ def test_tiles_that_clusters_share_after_whole_ones(
             assert torch.equal(got, expected), name
 
 
+# One tile of 64 features more than multiprocessors, some after two whole rounds, and as many as make whole rounds; 16
+# stages, one for each ring of a cluster, and numbers of stages that end elsewhere at every tile.
+@pytest.mark.parametrize("group_size", [128, -1])
+@pytest.mark.parametrize("num_tokens", [1, 8, 13, 24, 31])
+@pytest.mark.parametrize("rounds, left, in_features", [(1, 1, 2048), (2, 7, 2432), (2, 0, 3584)])
+def test_rings_that_flow_from_tile_to_tile(monkeypatch, group_size, num_tokens, rounds, left, in_features):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the sm90 kernels run on Hopper only")
+    tiles = rounds * torch.cuda.get_device_properties(0).multi_processor_count + left
+    problem = reference.random_problem(num_tokens, 64 * tiles, in_features, group_size, seed=left)
+    bias = torch.randn(64 * tiles).half()
+    expected = marlin_qqq_gemm(*problem.arguments, bias=bias).cuda()
+    on_gpu, bias = problem.to("cuda"), bias.cuda()
+    _, candidates = ask_candidates(num_tokens, 64 * tiles, in_features, group_size, "cuda")
+    names = [candidate.name for candidate in candidates if candidate.tile_name.startswith("flow")]
+    assert {name.partition("/")[2] for name in names} == ({"1x1/1", "2x1/1"} if left else {"1x1/1"})
+    for name in names:
+        monkeypatch.setenv("MARLIN_QQQ_TILE", name)
+        for constant_weights in (False, True, True):  # one after the other: nothing is left behind
+            got = marlin_qqq_gemm(*on_gpu.arguments, bias=bias, constant_weights=constant_weights)
+            assert torch.equal(got, expected), f"{name}, constant_weights={constant_weights}"
+
+
 @pytest.mark.parametrize("group_size", [128, -1])
 def test_candidates_have_names_that_force_them(monkeypatch, group_size):
     problem = reference.random_problem(48, 320, 1024, group_size, seed=48).to("cuda")

@@ -36,10 +36,19 @@ planner_fit = load_script("planner_fit")
 tune_planner = load_script("tune_planner")
 
 
-def listed(num_tokens: int, out_features: int, in_features: int, group_size: int, device: str = "sm_90"):
+def listed(
+    num_tokens: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    device: str = "sm_90",
+    constant_weights: bool = True,
+):
     """What the op's library answers on a GPU like the reference device."""
     with pytest.raises(ValueError) as answer:
-        marlin_qqq.plan(num_tokens, out_features, in_features, group_size, tile="list")
+        marlin_qqq.plan(
+            num_tokens, out_features, in_features, group_size, constant_weights=constant_weights, tile="list"
+        )
     return tune.parse_candidate_list(str(answer.value))
 
 

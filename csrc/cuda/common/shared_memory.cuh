@@ -36,6 +36,16 @@ __device__ __forceinline__ void shared_store(uint32_t address, uint2 value) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(value.x), "r"(value.y) : "memory");
 }
 
+__device__ __forceinline__ void shared_store(uint32_t address, const int4& value) {
+  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+// Adds to what other threads of the block may add to at the same time.
+__device__ __forceinline__ void shared_add(uint32_t address, int32_t value) {
+  asm volatile("red.relaxed.cta.shared.add.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
 // 16 bytes, global -> shared, past L1.
 __device__ __forceinline__ void copy_async(uint32_t target, const void* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");

@@ -36,7 +36,7 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   p.bias = arguments.bias;
   p.output = arguments.output;
   p.output_is_bfloat16 = arguments.output_type == OutputType::kBFloat16;
-  p.constant_weights = arguments.constant_weights;
+  p.constant_weights = problem.constant_weights;
   p.num_tokens = static_cast<int>(problem.num_tokens);
   p.out_features = static_cast<int>(problem.out_features);
   p.in_features = static_cast<int>(problem.in_features);

@@ -36,6 +36,7 @@ struct Config {
   static constexpr bool kQuantizes = kVariant == Variant::kQuantizing;
   static constexpr bool kDepthSplit = kTile.depth_split();
   static constexpr bool kWarpRings = kTile.warp_rings();
+  static constexpr bool kFlows = kTile.flows();
   static constexpr bool kPingpong = kTile.pingpong();
 
   static constexpr int kBlocks = kTile.blocks;  // products of 64 features a warpgroup
@@ -82,7 +83,9 @@ struct Config {
   static constexpr int kPartialOffset = kRingOffset;
   static constexpr int kReceivedOffset = kPartialOffset + kTile.partial_bytes();
   static constexpr int kTokenScaleOffset = kRingOffset + kTile.pipeline_bytes();
-  static constexpr int kBarrierOffset = kTokenScaleOffset + kTile.token_scale_bytes();
+  static constexpr int kFlowSumOffset = kTokenScaleOffset + kTile.token_scale_bytes();
+  static constexpr int kFlowReceivedOffset = kFlowSumOffset + 2 * kTile.flow_sum_bytes();
+  static constexpr int kBarrierOffset = kFlowSumOffset + kTile.flow_bytes();
   static constexpr int kExchangeBarrierOffset = kBarrierOffset + 16 * kStages * kRings;
   // Of a kernel that quantises: largest magnitudes, one a warp; the tokens' scales; the block's slice of the int8
   // activations, [stages][num_tokens][128].

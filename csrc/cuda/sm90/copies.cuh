@@ -34,6 +34,24 @@ struct Ring {
   __device__ __forceinline__ uint32_t early_weights(int stage) const { return empty(stage); }
 };
 
+// Tensor maps and barriers, by one thread of the block.
+template <class C>
+__device__ __forceinline__ void prepare_copies(const Parameters& p, uint32_t shared) {
+  tma_prefetch_map(&p.weights);
+  if constexpr (C::kGrouped) tma_prefetch_map(&p.group_scales);
+  if constexpr (!C::kQuantizes) tma_prefetch_map(&p.activations);
+#pragma unroll
+  for (int r = 0; r < C::kRings; ++r) {
+    const auto ring = Ring<C>::of(shared, r);
+    for (int stage = 0; stage < C::kStages; ++stage) {
+      barrier_init(ring.full(stage), 1);
+      barrier_init(ring.empty(stage), C::kDepthSplit ? 1 : C::kReaderWarps * p.multicast);
+    }
+  }
+  for (int i = 0; i < C::kTile.exchange_barriers(); ++i) barrier_init(shared + C::kExchangeBarrierOffset + 8 * i, 1);
+  barrier_init_fence();
+}
+
 // The part of the product that one block works on.
 struct WorkTile {
   int token;        // first token

@@ -1,6 +1,7 @@
 // Compiles the kernels of one tile.
 #pragma once
 
+#include "cuda/sm90/flow_kernel.cuh"
 #include "cuda/sm90/kernel.cuh"
 #include "cuda/sm90/registry.h"
 
@@ -10,7 +11,12 @@ template <int kTileIndex, bool kGrouped, Variant kVariant>
 Kernel kernel_of() {
   static_assert(kTileIndex >= 0, "no such tile in plan/sm90_tiles.h");
   static_assert(kernel_exists(plan::kSm90Tiles[kTileIndex], kGrouped, kVariant), "no such variant: see registry.h");
-  return gemm_kernel<Config<kTileIndex, kGrouped, kVariant>>;
+  using C = Config<kTileIndex, kGrouped, kVariant>;
+  if constexpr (C::kFlows) {
+    return flow_kernel<C>;
+  } else {
+    return gemm_kernel<C>;
+  }
 }
 
 }  // namespace marlin_qqq::cuda::sm90

@@ -59,22 +59,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
   // The next kernel may start once all blocks of this one have: it waits for our results itself.
   allow_next_kernel();
 
-  // Barriers. One thread is fastest: the fence costs more than the initialisations, and would be one a thread.
-  if (threadIdx.x == 0) {
-    tma_prefetch_map(&p.weights);
-    if constexpr (C::kGrouped) tma_prefetch_map(&p.group_scales);
-    if constexpr (!C::kQuantizes) tma_prefetch_map(&p.activations);
-#pragma unroll
-    for (int r = 0; r < C::kRings; ++r) {
-      const auto ring = Ring<C>::of(shared, r);
-      for (int stage = 0; stage < C::kStages; ++stage) {
-        barrier_init(ring.full(stage), 1);
-        barrier_init(ring.empty(stage), C::kDepthSplit ? 1 : C::kReaderWarps * p.multicast);
-      }
-    }
-    for (int i = 0; i < C::kTile.exchange_barriers(); ++i) barrier_init(shared + C::kExchangeBarrierOffset + 8 * i, 1);
-    barrier_init_fence();
-  }
+  // One thread is fastest: the fence costs more than the initialisations, and would be one a thread.
+  if (threadIdx.x == 0) prepare_copies<C>(p, shared);
   if (p.multicast > 1) {
     cluster_arrive();
     cluster_wait();

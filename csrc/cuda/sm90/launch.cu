@@ -55,11 +55,10 @@ cudaError_t allow_shared_memory_of(int tile, bool grouped, Variant variant) {
 // promised that they are constant, else to L2. What is on its way while that kernel ends is time won on the memory bus;
 // but it is in the way of that kernel's last loads and of a quantisation between the two, which the product then waits
 // for. Measured on an H100, none to seven stages, with and without a quantisation, on 18 layers from 1 to 256 tokens.
-int early_stages(const plan::Sm90Tile& tile, const plan::Plan& plan, const plan::Problem& problem,
-                 bool constant_weights) {
+int early_stages(const plan::Sm90Tile& tile, const plan::Plan& plan, const plan::Problem& problem) {
   const bool grouped = problem.group_size > 0;
   if (!tile.depth_split() && problem.num_tokens <= 64) return 5;
-  if (!constant_weights) {
+  if (!problem.constant_weights) {
     if (!tile.depth_split() || tile.blocks_per_sm > 1 || !plan.leaves_room()) return 2;
     // The kernel before is on the rest of the device, fetching weights of its own at that moment.
     return plan.leaves_half() && !grouped ? 0 : 1;
@@ -75,12 +74,11 @@ int early_stages(const plan::Sm90Tile& tile, const plan::Plan& plan, const plan:
 // Group scales make a short product wait for its dequantisation. Where another launch has the other half of the device,
 // this one's blocks wait long enough to do the first stages' meanwhile (plan::sm90_stages_ahead). Elsewhere the weights
 // arrive too late for that, and what is fetched after the wait would then be asked for late.
-void plan_early_fetch(Parameters& p, const plan::Sm90Tile& tile, const plan::Plan& plan, const plan::Problem& problem,
-                      bool constant_weights) {
+void plan_early_fetch(Parameters& p, const plan::Sm90Tile& tile, const plan::Plan& plan, const plan::Problem& problem) {
   p.early_blocks = plan.resident_blocks;
-  p.early_stages = early_stages(tile, plan, problem, constant_weights);
-  p.early_into_ring = constant_weights;
-  p.dequantizes_early = constant_weights && plan::sm90_stages_ahead(problem, plan) > 0;
+  p.early_stages = early_stages(tile, plan, problem);
+  p.early_into_ring = problem.constant_weights;
+  p.dequantizes_early = problem.constant_weights && plan::sm90_stages_ahead(problem, plan) > 0;
 }
 
 }  // namespace
@@ -123,7 +121,7 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
     error = encode_tensor_map(&p.output, ElementType::kUInt16, arguments.output, tokens, features, tile.store_rows(),
                               64, /*swizzle=*/true);
   }
-  plan_early_fetch(p, tile, plan, problem, arguments.constant_weights);
+  plan_early_fetch(p, tile, plan, problem);
   const Variant variant = plan.quantizes        ? Variant::kQuantizing
                           : p.dequantizes_early ? Variant::kAhead
                                                 : Variant::kPlain;
@@ -146,7 +144,9 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   p.group_tokens = Divisor::of(p.token_group);
   p.last_tokens = Divisor::of(std::max(1, p.token_tiles % p.token_group));
   p.works = p.token_tiles * p.feature_groups * plan.scratch_split;
-  p.whole_works = partial ? 0 : plan.split == 1 ? p.works : plan.whole_rounds * (plan.grid / plan.multicast);
+  p.whole_works = partial && !tile.flows() ? 0
+                  : plan.split == 1        ? p.works
+                                           : plan.whole_rounds * (plan.grid / plan.multicast);
   p.split = plan.split;
   p.scratch_split = plan.scratch_split;
   p.scratch = static_cast<int32_t*>(scratch);

@@ -34,6 +34,50 @@ struct WarpTokens {
   }
 };
 
+// A warp's words of its ring's stages, fetched a step ahead of the products, and from one stage to the next.
+template <class C>
+struct WarpWords {
+  const Ring<C>& ring;
+  const WeightReader<C>& reader;
+  PackedStep<C> packed[2];
+  PackedScales<C> packed_scales;
+  Scales<C> scales;
+
+  __device__ __forceinline__ WarpWords(const Ring<C>& ring, const WeightReader<C>& reader)
+      : ring(ring), reader(reader) {}
+
+  __device__ __forceinline__ void fetch_first_step(int stage) {
+    fetch_packed_scales<C>(packed_scales, ring.scales(stage) + reader.scale_offset);
+    fetch_step<C>(packed[0], ring.weights(stage) + reader.weight_offset, 0);
+  }
+
+  // The products of a stage whose first step has been fetched. That of the stage at `next` is, when it is there.
+  // `activations`: this lane's row of the stage.
+  __device__ __forceinline__ void multiply_stage(int stage, const RingPosition<C::kStages>& next, uint32_t activations,
+                                                 uint32_t piece, uint32_t token_row, WarpTokens<C>& tokens,
+                                                 int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
+    const uint32_t weights = ring.weights(stage) + reader.weight_offset;
+    bool next_is_full = false;
+    prepare_scales<C>(scales, packed_scales);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (step % 2 == 0) tokens.load(activations, step, piece, token_row);
+      // The next step's words, possibly of the next stage
+      if (step + 1 < kSteps) {
+        fetch_step<C>(packed[(step + 1) % 2], weights, step + 1);
+      } else {
+        if (!next_is_full) barrier_wait(ring.full(next.stage), next.phase);
+        fetch_first_step(next.stage);
+      }
+      // Asked a step before it matters: the answer takes a while.
+      if (step + 2 == kSteps) next_is_full = barrier_completed(ring.full(next.stage), next.phase);
+      Operands<C> operands;
+      dequantize_step<C, false>(operands, packed[step % 2], scales);
+      tokens.multiply(sums, operands, step);
+    }
+  }
+};
+
 // Sums of one tile's 64 features. sums[j][4 * i + 2 * b + e]: feature 16 * j + 8 * b + lane / 4, token 8 * i + 2 *
 // (lane % 4) + e. `token_rows(block, stage)` is where the int8 rows of the inputs' block `block` are, `last_token` the
 // last one of them. `stage_is_free(stage)` is called once for every stage that the warp has read.
@@ -69,40 +113,16 @@ __device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, const WorkT
   const int first_block = tile.stage_begin + ahead.count;
   if (first_block >= tile.stage_end) return;
 
-  PackedStep<C> packed[2];
-  PackedScales<C> packed_scales;
-  Scales<C> scales;
-  const auto fetch_first_step = [&](int stage) {
-    fetch_packed_scales<C>(packed_scales, ring.scales(stage) + reader.scale_offset);
-    fetch_step<C>(packed[0], ring.weights(stage) + reader.weight_offset, 0);
-  };
+  WarpWords<C> words(ring, reader);
   barrier_wait(ring.full(position.stage), position.phase);
-  fetch_first_step(position.stage);
+  words.fetch_first_step(position.stage);
 #pragma unroll 1
   for (int block = first_block; block < tile.stage_end; ++block) {
     const int stage = position.stage;
-    const uint32_t weights = ring.weights(stage) + reader.weight_offset;
     const uint32_t activations = token_rows(block, stage) + 128 * token_row;
     // After the last stage it is the last one's words that are read ahead, for nothing.
     if (block + 1 < tile.stage_end) position.advance();
-    bool next_is_full = false;
-    prepare_scales<C>(scales, packed_scales);
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if (step % 2 == 0) tokens.load(activations, step, piece, token_row);
-      // The next step's words, possibly of the next stage
-      if (step + 1 < kSteps) {
-        fetch_step<C>(packed[(step + 1) % 2], weights, step + 1);
-      } else {
-        if (!next_is_full) barrier_wait(ring.full(position.stage), position.phase);
-        fetch_first_step(position.stage);
-      }
-      // Asked a step before it matters: the answer takes a while.
-      if (step + 2 == kSteps) next_is_full = barrier_completed(ring.full(position.stage), position.phase);
-      Operands<C> operands;
-      dequantize_step<C, false>(operands, packed[step % 2], scales);
-      tokens.multiply(sums, operands, step);
-    }
+    words.multiply_stage(stage, position, activations, piece, token_row, tokens, sums);
     __syncwarp();  // all lanes have read the stage
     stage_is_free(stage);
   }

@@ -58,7 +58,12 @@ def parse_candidate_list(text: str) -> tuple[dict[str, Any], list[Candidate]]:
 
 
 def ask_candidates(
-    num_tokens: int, out_features: int, in_features: int, group_size: int, device: str
+    num_tokens: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    device: str,
+    constant_weights: bool = False,
 ) -> tuple[dict[str, Any], list[Candidate]]:
     """:func:`parse_candidate_list` of a problem on a GPU. Nothing is launched; the operands are never read."""
     import torch
@@ -82,6 +87,7 @@ def ask_candidates(
                 num_tokens,
                 out_features,
                 in_features,
+                constant_weights=constant_weights,
             )
     except (RuntimeError, ValueError) as answer:
         return parse_candidate_list(str(answer))
