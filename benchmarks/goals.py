@@ -110,7 +110,7 @@ def _small_batches(table: Table) -> Iterator[Goal]:
             places = tuple(
                 Place(time_of(m) / time_of(read), where(m))
                 for m in rows
-                if low <= m.num_tokens <= high and (read := table.other(m, "read", None))
+                if low <= m.num_tokens <= high and (read := table.other(m, "read", m.group_size))
             )
             name = f"M {low}..{high}, weights >= 40 MB: time / plain read ({text})"
             yield Goal(name, bound, True, "x", places)

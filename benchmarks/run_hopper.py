@@ -40,7 +40,7 @@ QUANTIZE_SIZES = ((1, 4096), (16, 4096), (64, 8192), (256, 28672), (1024, 4096),
 SHOWN_TOKENS = (1, 16, 32, 64, 128, 256, 1024, 4096)
 # Column heads and (implementation, group size) of the short table.
 SHORT_COLUMNS = (
-    ("read", ("read", None)),
+    ("read", ("read", -1)),
     ("chn", (OURS, -1)),
     ("chn+c", (f"{OURS}:constant", -1)),
     ("g128", (OURS, 128)),

@@ -19,7 +19,7 @@ FACTORS = {
     ("humming", -1): 1.4,
     ("humming", 128): 2.3,
     ("fp16", None): 3.0,
-    ("read", None): 0.9,
+    ("read", -1): 0.9,
 }
 
 

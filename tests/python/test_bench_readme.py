@@ -55,7 +55,8 @@ FACTORS = {
     ("humming", -1): 1.5,
     ("humming", 128): 2.4,
     ("fp16", None): 3.0,
-    ("read", None): 1.15,
+    ("read", -1): 1.15,
+    ("read", 128): 1.2,
 }
 
 

@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 from marlin_qqq.bench import runner as runner_module
 from marlin_qqq.bench import timing
 from marlin_qqq.bench.implementations import gemm_implementations, parse_baselines
-from marlin_qqq.bench.implementations.base import Implementation, Unavailable
+from marlin_qqq.bench.implementations.base import Context, Implementation, Unavailable
 from marlin_qqq.bench.implementations.marlin import MarlinGemm, overridden_environment, parse_variant
+from marlin_qqq.bench.implementations.torch_baselines import PlainRead
 from marlin_qqq.bench.presets import Layer
-from marlin_qqq.bench.problem import Ceilings
+from marlin_qqq.bench.problem import Ceilings, GemmProblem
 from marlin_qqq.bench.results import Run, load_run
 from marlin_qqq.bench.runner import Runner, Settings
 from marlin_qqq.cli.bench import app
@@ -290,6 +291,20 @@ def test_out_of_time_is_noted(gpu_like):
     )
     assert [m.num_tokens for m in runner.run.measurements] == [1]
     assert runner.run.notes == ["not run: gemm 64x128 M=2, out of time"]
+
+
+@pytest.mark.parametrize("group_size", [-1, 128])
+def test_the_read_baseline_reads_what_the_product_reads_of_weights(monkeypatch, group_size):
+    monkeypatch.setattr(runner_module.ceilings_module, "fastest_read_kernel", lambda sources, device: ((0, 0, 0), None))
+    problem = GemmProblem(1, 192, 256, group_size)
+    context = Context("cpu", torch.float16, 1 << 10)
+    read = PlainRead(group_size)
+    read.load(problem, context)
+    weights = context.packed_weights(problem)
+    assert len(read.sources) == len(weights.packed) > 1
+    expected = weights.packed[0].nbytes + (weights.group_scale[0].nbytes if group_size > 0 else 0)
+    assert {source.nbytes for source in read.sources} == {expected}
+    assert expected == 192 * 256 // 2 + (2 * 192 * 2 if group_size > 0 else 0)
 
 
 def test_default_baselines_of_a_gpu_say_why_they_are_missing_here():

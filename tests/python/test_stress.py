@@ -16,7 +16,7 @@ PROBLEMS = 10_000
 REPLAYS = 10_000
 SHAPES = [
     *((64, 128), (64, 8192), (192, 256), (320, 1280), (1024, 640), (1600, 4096)),
-    *((2048, 2048), (4096, 1024), (5120, 896), (8192, 384)),
+    *((2048, 2048), (4096, 1024), (5120, 896), (8192, 384), (9216, 2176)),
 ]
 
 
@@ -84,7 +84,7 @@ def test_random_problems_on_two_streams():
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 64, 200, 1024])
 def test_replays_give_equal_bits(num_tokens):
-    layers = [Layer(n, k, g, seed=3) for n, k in ((1600, 4096), (4096, 1024)) for g in (-1, 128)]
+    layers = [Layer(n, k, g, seed=3) for n, k in ((1600, 4096), (8704, 2048), (4096, 1024)) for g in (-1, 128)]
     inputs = [random_activations(num_tokens, layer.in_features) for layer in layers]
     mismatches = torch.zeros((), dtype=torch.int64, device="cuda")
     expected = [layer.expected(*pair, None, torch.float16) for layer, pair in zip(layers, inputs, strict=True)]
@@ -108,7 +108,8 @@ def test_replays_give_equal_bits(num_tokens):
 def test_quantised_activations_in_reused_memory(num_tokens):
     """Every product finds its activations and token scales where the last one's were, as a model's layers do: one that
     fetches ahead, or keeps lines in L1, must not see the old ones."""
-    layers = [Layer(n, k, g, seed=4) for n, k in ((1600, 4096), (16384, 1024), (4096, 1024)) for g in (-1, 128)]
+    shapes = ((1600, 4096), (16384, 1024), (8704, 2048), (4096, 1024))
+    layers = [Layer(n, k, g, seed=4) for n, k in shapes for g in (-1, 128)]
     inputs = [
         torch.randn(num_tokens, layer.in_features, device="cuda", dtype=torch.float16) * (step + 1)
         for step in range(8)

@@ -47,14 +47,16 @@ def parse_baselines(text: str, device: str) -> tuple[str, ...]:
 def gemm_implementations(
     variants: Sequence[str], baselines: Sequence[str], group_sizes: Sequence[int]
 ) -> list[Implementation]:
-    """Our op for every variant and group size, then the baselines (Humming and vLLM for every group size too)."""
+    """Our op for every variant and group size, then the baselines (read, Humming and vLLM for every size too)."""
     from marlin_qqq.bench.implementations import humming, marlin, torch_baselines, vllm
 
     implementations: list[Implementation] = [
         marlin.MarlinGemm(variant, group_size) for group_size in group_sizes for variant in variants
     ]
     for name in baselines:
-        if name == "humming":
+        if name == "read":
+            implementations += [torch_baselines.PlainRead(group_size) for group_size in group_sizes]
+        elif name == "humming":
             implementations += [humming.HummingGemm(group_size) for group_size in group_sizes]
         elif name == "vllm":
             implementations += [vllm.VllmQQQ(group_size) for group_size in group_sizes]

@@ -26,8 +26,6 @@ def make(name: str) -> Implementation:
         return IntMm()
     if name == "fp8":
         return ScaledMmFp8()
-    if name == "read":
-        return PlainRead()
     raise ValueError(f"unknown baseline {name!r}")
 
 
@@ -184,14 +182,15 @@ class ScaledMmFp8(Implementation):
 
 
 class PlainRead(Implementation):
-    """A kernel that reads as many bytes as our packed weights hold and does nothing else, in several variants.
+    """A kernel that reads as many bytes as our packed weights and group scales hold and does nothing else.
 
-    It needs Triton, which comes with torch's CUDA wheels. The fastest variant for this size is the one that is timed.
+    It needs Triton, which comes with torch's CUDA wheels. Of several variants the fastest for this size is timed.
     """
 
     name = "read"
 
-    def __init__(self) -> None:
+    def __init__(self, group_size: int) -> None:
+        self.group_size: int = group_size
         self.sources: list[torch.Tensor] = []
         self.variant: tuple[int, int, int] = (0, 0, 0)
         self.read: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -203,10 +202,15 @@ class PlainRead(Implementation):
             raise Unavailable("triton is not installed") from None
 
     def load(self, problem: GemmProblem, context: Context) -> None:
-        # The bytes of our weights themselves, in whichever mode is loaded: the codes are as large in both.
+        import torch
+
         from marlin_qqq.bench.ceilings import fastest_read_kernel
 
-        self.sources = [packed.view(-1) for packed in context.packed_weights(problem).packed]
+        weights = context.packed_weights(self.with_group(problem))
+        self.sources = [packed.view(-1) for packed in weights.packed]
+        if self.group_size > 0:
+            scales = (scale.view(-1).view(torch.int32) for scale in weights.group_scale)
+            self.sources = [torch.cat(both) for both in zip(self.sources, scales, strict=True)]
         self.variant, self.read = fastest_read_kernel(self.sources, context.device)
 
     def bind(self, problem: GemmProblem, activations: Activations, context: Context) -> Bound:
@@ -219,7 +223,7 @@ class PlainRead(Implementation):
         return Bound(
             launch=launch,
             check=lambda output: "not checked",
-            bytes_moved=problem.packed_weight_bytes,
+            bytes_moved=4 * self.sources[0].numel(),
             operations=0,
             exact=False,
             extra={"read_variant": str(self.variant)},
