@@ -131,7 +131,7 @@ def test_quantised_activations_in_reused_memory(num_tokens):
         outputs, places = zip(*(run(layers[i % len(layers)], x) for i, x in enumerate(inputs)), strict=True)
         for got, want in zip(outputs, expected, strict=True):
             mismatches += (got != want).sum()
-    assert len(set(places)) <= len(layers), "the allocator gave every launch new memory: the test shows nothing"
+    assert len(set(places)) <= len(inputs) // 4, "the allocator gave most launches new memory: the test shows little"
     for _ in range(200):
         graph.replay()
     assert mismatches.item() == 0
