@@ -103,13 +103,20 @@ struct Sm90Tile {
   constexpr int chunk_bytes() const { return blocks * store_tokens() * 128; }
   constexpr int store_buffers() const { return blocks == 1 && tokens > 304 ? 3 : 4; }  // of 320 tokens three fit
   constexpr int staging_bytes() const { return depth_split() ? 0 : warpgroups * store_buffers() * chunk_bytes(); }
-  // Partial sums, int32 [rings][tokens][features + 4] over the rings when the work of a tile is split.
+  // Where sums meet when the work of a tile is split: int32 [tokens][features + 4] beside the rings, if there is room,
+  // to which each ring adds its own; else [rings][tokens][features + 4] in the place of the stages.
   constexpr int partial_pitch() const { return features() + 4; }
-  constexpr int partial_bytes() const { return rings() * tokens * partial_pitch() * 4; }
-  // Where rings flow on, sums meet beside them: int32 [tokens][features + 4] of this tile, the same of the next one,
-  // and what the other block of a cluster sends of half of the features of a tile that they share.
-  constexpr int flow_sum_bytes() const { return tokens * partial_pitch() * 4; }
-  constexpr int flow_bytes() const { return flows() ? 2 * flow_sum_bytes() + tokens * features() / 2 * 4 : 0; }
+  constexpr int sum_bytes() const { return tokens * partial_pitch() * 4; }
+  constexpr bool sums_apart() const {
+    return depth_split() && fits(rings() * ring_bytes() + sum_bytes() + fixed_bytes());
+  }
+  constexpr int partial_bytes() const { return sums_apart() ? 0 : rings() * sum_bytes(); }
+  // Rings that flow on have the next tile's sums besides, and what the other block of a cluster sends of half of the
+  // features of a tile that they share.
+  constexpr int sums_apart_bytes() const {
+    if (flows()) return 2 * sum_bytes() + tokens * features() / 2 * 4;
+    return sums_apart() ? sum_bytes() : 0;
+  }
   // Where the blocks of a cluster of `split` add up what they have of a tile: the sums that a block receives from the
   // others, each of which finishes a share of the tokens, and its own partial sums where those lie in shared memory
   // too. See exchange.cuh, and reduce_tile in epilogue.cuh.
@@ -132,7 +139,7 @@ struct Sm90Tile {
     return 8 * (2 * stages * rings() + exchange_barriers()) + token_scale_bytes() + 1024 + 64;
   }
   constexpr int shared_memory_bytes() const {
-    return staging_bytes() + pipeline_bytes() + flow_bytes() + fixed_bytes();
+    return staging_bytes() + pipeline_bytes() + sums_apart_bytes() + fixed_bytes();
   }
   // Whether the blocks that must fit on a multiprocessor do, with so much shared memory each.
   constexpr bool fits(int block_memory) const {

@@ -11,7 +11,13 @@ __device__ __forceinline__ uint32_t cluster_block_rank() {
   return rank;
 }
 
+// Says that this thread has got this far. Without a fence: what others may rely on is that barriers are initialised
+// (barrier_init_fence) and that this thread has read what it wanted of shared memory.
 __device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+// With a fence of all memory: also that what this thread did to other blocks' shared memory has been done.
+__device__ __forceinline__ void cluster_arrive_release() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }

@@ -67,6 +67,7 @@ struct Config {
   }
   static constexpr int kStoreBuffers = kTile.store_buffers();
   static constexpr int kPartialPitch = kTile.partial_pitch();
+  static constexpr bool kSumsApart = kTile.sums_apart();
   // Sums and operands leave a thread so few registers that addresses kept through the products would spill.
   static constexpr bool kScarceRegisters = !kDepthSplit && !kPingpong && kBlocks * (kTokens / 2 + 16) >= 176;
 
@@ -83,9 +84,9 @@ struct Config {
   static constexpr int kPartialOffset = kRingOffset;
   static constexpr int kReceivedOffset = kPartialOffset + kTile.partial_bytes();
   static constexpr int kTokenScaleOffset = kRingOffset + kTile.pipeline_bytes();
-  static constexpr int kFlowSumOffset = kTokenScaleOffset + kTile.token_scale_bytes();
-  static constexpr int kFlowReceivedOffset = kFlowSumOffset + 2 * kTile.flow_sum_bytes();
-  static constexpr int kBarrierOffset = kFlowSumOffset + kTile.flow_bytes();
+  static constexpr int kSumOffset = kTokenScaleOffset + kTile.token_scale_bytes();
+  static constexpr int kFlowReceivedOffset = kSumOffset + 2 * kTile.sum_bytes();
+  static constexpr int kBarrierOffset = kSumOffset + kTile.sums_apart_bytes();
   static constexpr int kExchangeBarrierOffset = kBarrierOffset + 16 * kStages * kRings;
   // Of a kernel that quantises: largest magnitudes, one a warp; the tokens' scales; the block's slice of the int8
   // activations, [stages][num_tokens][128].

@@ -284,6 +284,40 @@ __device__ __forceinline__ void store_partial(uint32_t partial, int warpgroup, i
   }
 }
 
+// Where sums meet beside the rings: zero, by all threads of the block, who meet before the first sum is added.
+template <class C>
+__device__ __forceinline__ void clear_sums(uint32_t shared) {
+  constexpr int kBytes = (C::kFlows ? 2 : 1) * C::kTile.sum_bytes();
+#pragma unroll
+  for (int i = 0; i < kBytes; i += 16 * C::kThreads) {
+    const int offset = i + 16 * static_cast<int>(threadIdx.x);
+    if (offset < kBytes) shared_store(shared + C::kSumOffset + offset, make_int4(0, 0, 0, 0));
+  }
+}
+
+// A thread's sums of a tile, added to those of the block's other rings: exact in any order. Those of tokens beyond the
+// last are added, too, which nobody reads: one address then does for all.
+template <class C>
+__device__ __forceinline__ void add_sums_of_ring(uint32_t tile_sums, int warp, int lane,
+                                                 const int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
+  const int chunk = C::kWarpRings ? 0 : chunk_feature<C::kBlocks>(warp, lane / 8);
+  uint32_t first = tile_sums + 4 * (2 * (lane % 4) * C::kPartialPitch + chunk + lane / 4);
+  asm volatile("" : "+r"(first));  // kept, not computed anew for every sum
+#pragma unroll
+  for (int j = 0; j < C::kBlocks; ++j) {
+#pragma unroll
+    for (int i = 0; i < C::kTokens / 8; ++i) {
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          shared_add(first + 4 * ((8 * i + e) * C::kPartialPitch + 16 * j + 8 * b), sums[j][4 * i + 2 * b + e]);
+        }
+      }
+    }
+  }
+}
+
 // Adds the partial sums of a block's rings, and those of the cluster's blocks that share the tile. Each block finishes
 // a share of the tokens, or leaves it to the reduction kernel (whole tiles of one block each then); it sends the others
 // what it has of theirs, its rings added up. Called by the threads that multiply, after every block of the cluster has
@@ -297,13 +331,13 @@ __device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t shared
   const int tokens = min(C::kTokens, p.num_tokens - tile.token);
   const int vector = thread % kVectors;
   const int column = tile.feature + 4 * vector;
-  const uint32_t partial = shared + C::kPartialOffset + 16 * vector;
+  const uint32_t partial = shared + (C::kSumsApart ? C::kSumOffset : C::kPartialOffset) + 16 * vector;
   const uint32_t received = shared + C::kReceivedOffset + 16 * vector;
   const uint32_t barrier = shared + C::kExchangeBarrierOffset;
   const auto ring_sums = [&](int row) {
     int4 sum = {0, 0, 0, 0};
 #pragma unroll
-    for (int ring = 0; ring < C::kRings; ++ring) {
+    for (int ring = 0; ring < (C::kSumsApart ? 1 : C::kRings); ++ring) {
       add_sums(sum, shared_load_int4(partial + 4 * (ring * C::kTokens + row) * C::kPartialPitch));
     }
     return sum;

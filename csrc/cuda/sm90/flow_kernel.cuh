@@ -71,28 +71,6 @@ struct FlowFill {
   }
 };
 
-// A warp's sums of a tile, added to the other warps'. Those of tokens beyond the last are left out.
-template <class C>
-__device__ __forceinline__ void add_tile_sums(const Parameters& p, uint32_t tile_sums, int lane,
-                                              const int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
-#pragma unroll
-  for (int i = 0; i < C::kTokens / 8; ++i) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int token = 8 * i + 2 * (lane % 4) + e;
-      if (token >= p.num_tokens) continue;
-#pragma unroll
-      for (int j = 0; j < C::kBlocks; ++j) {
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-          const int feature = 16 * j + 8 * b + lane / 4;
-          shared_add(tile_sums + 4 * (token * C::kPartialPitch + feature), sums[j][4 * i + 2 * b + e]);
-        }
-      }
-    }
-  }
-}
-
 // A thread's share of a tile's end: four features of every kRows-th token. Of a tile that two blocks share, each
 // finishes half of the features, and sends the other its sums of the other half.
 template <class C>
@@ -176,10 +154,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) flow_kernel(cons
     prepare_copies<C>(p, shared);
     output.expect();
   }
-  constexpr int kSumBytes = C::kTile.flow_sum_bytes();
-  for (int i = 16 * threadIdx.x; i < 2 * kSumBytes; i += 16 * C::kThreads) {
-    shared_store(shared + C::kFlowSumOffset + i, make_int4(0, 0, 0, 0));
-  }
+  clear_sums<C>(shared);
   __syncthreads();
   if (p.split > 1) cluster_arrive();
 
@@ -216,8 +191,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) flow_kernel(cons
   WarpTokens<C> tokens;
   WarpWords<C> words(ring, reader);
   RingPosition<C::kStages> position;
-  uint32_t tile_sums = shared + C::kFlowSumOffset;
-  uint32_t other_sums = tile_sums + kSumBytes;
+  uint32_t tile_sums = shared + C::kSumOffset;
+  uint32_t other_sums = tile_sums + C::kTile.sum_bytes();
   barrier_wait(ring.full(0), 0);
   words.fetch_first_step(0);
 #pragma unroll 1
@@ -244,7 +219,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) flow_kernel(cons
       __syncwarp();  // all lanes have read the stage
       fill.refill(stage);
     } while (at.tile == tile);
-    add_tile_sums<C>(p, tile_sums, lane, sums);
+    add_sums_of_ring<C>(tile_sums, 0, lane, sums);
     // Warps that are ahead add to the other sums meanwhile, which were taken before the last time here.
     named_barrier_sync(kPartialSums, C::kConsumerThreads);
     output.store(tile_sums, factors, feature, is_shared, block_rank);

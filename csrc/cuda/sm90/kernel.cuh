@@ -22,9 +22,15 @@ __device__ __forceinline__ void finish_partial(const Parameters& p, uint32_t sha
   const int column = tile.feature + 4 * static_cast<int>(threadIdx.x % (C::kFeatures / 4));
   const ColumnFactors factors(p.channel_scale, p.bias, min(column, p.out_features - 4), p.output_is_bfloat16);
   const bool exchanges = C::kDepthSplit && cluster_size > 1;
-  named_barrier_sync(kPartialSums, C::kConsumerThreads);  // all warpgroups are done with the stages
-  if (exchanges) cluster_arrive();
-  store_partial<C>(shared + C::kPartialOffset, warpgroup, warp, lane, sums);
+  if constexpr (C::kSumsApart) {
+    __syncwarp();
+    if (exchanges) cluster_arrive();
+    add_sums_of_ring<C>(shared + C::kSumOffset, warp, lane, sums);
+  } else {
+    named_barrier_sync(kPartialSums, C::kConsumerThreads);  // all warpgroups are done with the stages
+    if (exchanges) cluster_arrive();
+    store_partial<C>(shared + C::kPartialOffset, warpgroup, warp, lane, sums);
+  }
   named_barrier_sync(kPartialSums, C::kConsumerThreads);
   if (exchanges) cluster_wait();  // the cluster's blocks are done with theirs
   reduce_tile<C>(p, shared, tile, factors, C::kDepthSplit ? block_rank : 0, threadIdx.x);
@@ -61,6 +67,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
 
   // One thread is fastest: the fence costs more than the initialisations, and would be one a thread.
   if (threadIdx.x == 0) prepare_copies<C>(p, shared);
+  if constexpr (C::kSumsApart) clear_sums<C>(shared);
   if (p.multicast > 1) {
     cluster_arrive();
     cluster_wait();
@@ -96,7 +103,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
     }
     __syncwarp();
     if (cluster_size > 1) {
-      cluster_arrive();
+      cluster_arrive_release();
       cluster_wait();
     }
   } else {
@@ -104,7 +111,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
     if constexpr (!C::kDepthSplit) registers_increase<232>();
     const int warpgroup = warp / 4;
     const int ring_index = C::kWarpRings ? warp : C::kDepthSplit ? warpgroup : 0;
-    const auto ring = Ring<C>::of(shared, ring_index);
+    auto ring = Ring<C>::of(shared, ring_index);
     auto next_tile = tile_walk();
     RingPosition<C::kStages> position;
     WorkTile tile;
@@ -152,6 +159,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
         tile.stage_end = __reduce_max_sync(~0u, tile.stage_end);
         ahead.count = __reduce_max_sync(~0u, ahead.count);
         whole.stage_begin = __reduce_max_sync(~0u, whole.stage_begin);
+        ring.barriers = __reduce_max_sync(~0u, ring.barriers);
       }
       if (tile.stage_begin < tile.stage_end) {
         StageRefill<C> refill{p, ring, tile, tile.stage_begin + C::kStages, fills};
@@ -221,8 +229,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
           };
           using std::false_type, std::true_type;
           if (is_shared<C>(p, tile)) {
-            cluster_arrive();
-            cluster_wait();  // all blocks are done with their stages
+            // All blocks are done with their stages, and have told those that they share activations with.
+            p.multicast > 1 ? cluster_arrive_release() : cluster_arrive();
+            cluster_wait();
             p.output_is_bfloat16 ? store(true_type{}, true_type{}, true_type{})
                                  : store(true_type{}, false_type{}, true_type{});
           } else if (p.bias != nullptr) {
@@ -240,7 +249,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
     // No block leaves while another may still write into its shared memory. Blocks whose last tile was shared have met,
     // and waited for all that is written.
     if (cluster_size > 1 && !C::kDepthSplit && !is_shared<C>(p, tile)) {
-      cluster_arrive();
+      cluster_arrive_release();
       cluster_wait();
     }
   }
