@@ -28,7 +28,7 @@ struct Sm90Model {
   double group_stage_latency = 744.1;
   // more of them where a warpgroup has two products of 64 features
   double channel_product_latency = 6.614;
-  double group_product_latency = 501.7;
+  double group_product_latency = 540;
   // the same for the rings of single warps, which take all of a tile's features
   double warp_channel_stage_latency = 369.2;
   double warp_group_stage_latency = 1648;
