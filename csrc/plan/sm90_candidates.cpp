@@ -161,13 +161,14 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
 
 std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties& device, const Sm90Model& model) {
   std::vector<Plan> plans;
+  const int64_t stage_count = problem.in_features / 128;
+  const double products = static_cast<double>(problem.num_tokens) * problem.out_features * problem.in_features;
   for (int index = 0; index < kSm90TileCount; ++index) {
     const Sm90Tile& tile = kSm90Tiles[index];
     if (tile.shared_memory_bytes() > device.shared_memory_per_block) continue;
     if (problem.group_size > 0 && !tile.takes_group_scales()) continue;
     // Warps dequantise for themselves: with a second tile of tokens, warpgroups do it for less.
     if (tile.warp_rings() && problem.num_tokens > tile.tokens) continue;
-    const int64_t stage_count = problem.in_features / 128;
     // Few tokens of few inputs: rings of parts of the inputs, which walk over them side by side, have been faster in
     // all but a few problems measured, by up to a fifth; the model does not see it.
     if (!tile.depth_split() && problem.num_tokens <= 48 && stage_count <= 12) continue;
@@ -177,7 +178,6 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
     if (tile.large() && problem.num_tokens > 1024) continue;
     // The warpgroups' turns at tiles of up to 128 tokens keep shared memory busy in every cycle. In long products that
     // costs more clock than it is worth: up to a tenth against those of 160 tokens or other tiles.
-    const double products = static_cast<double>(problem.num_tokens) * problem.out_features * problem.in_features;
     if (tile.pingpong() && tile.tokens <= 128 && products > kLongProduct) continue;
     // Every ring of a cluster of two has to have a stage of a tile, and of fewer inputs other tiles have been faster.
     // One tile a multiprocessor is what `warp` tiles are for.

@@ -113,9 +113,9 @@ struct Sm90Tile {
   constexpr int partial_bytes() const { return sums_apart() ? 0 : rings() * sum_bytes(); }
   // Rings that flow on have the next tile's sums besides, and what the other block of a cluster sends of half of the
   // features of a tile that they share.
+  constexpr int sums_apart_tiles() const { return flows() ? 2 : sums_apart() ? 1 : 0; }
   constexpr int sums_apart_bytes() const {
-    if (flows()) return 2 * sum_bytes() + tokens * features() / 2 * 4;
-    return sums_apart() ? sum_bytes() : 0;
+    return sums_apart_tiles() * sum_bytes() + (flows() ? tokens * features() / 2 * 4 : 0);
   }
   // Where the blocks of a cluster of `split` add up what they have of a tile: the sums that a block receives from the
   // others, each of which finishes a share of the tokens, and its own partial sums where those lie in shared memory

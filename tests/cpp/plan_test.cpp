@@ -318,7 +318,7 @@ TEST(Sm90Candidates, FewTokensOfFewInputsAreForRingsOfPartsOfTheInputs) {
 
 TEST(Sm90Candidates, TheFewestTokensWithGroupScalesAreForRingsOfPartsOfTheInputs) {
   const DeviceProperties device = plan::reference_device("sm_90");
-  const auto shares_a_ring = [&device](int64_t num_tokens, int64_t group_size) {
+  const auto shares_a_ring = [&device](int64_t num_tokens, int group_size) {
     const std::vector<Plan> candidates = plan::sm90_candidates({num_tokens, 37888, 3584, group_size}, device);
     EXPECT_FALSE(candidates.empty());
     return std::ranges::any_of(candidates,

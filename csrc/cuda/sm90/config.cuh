@@ -85,7 +85,7 @@ struct Config {
   static constexpr int kReceivedOffset = kPartialOffset + kTile.partial_bytes();
   static constexpr int kTokenScaleOffset = kRingOffset + kTile.pipeline_bytes();
   static constexpr int kSumOffset = kTokenScaleOffset + kTile.token_scale_bytes();
-  static constexpr int kFlowReceivedOffset = kSumOffset + 2 * kTile.sum_bytes();
+  static constexpr int kFlowReceivedOffset = kSumOffset + kTile.sums_apart_tiles() * kTile.sum_bytes();
   static constexpr int kBarrierOffset = kSumOffset + kTile.sums_apart_bytes();
   static constexpr int kExchangeBarrierOffset = kBarrierOffset + 16 * kStages * kRings;
   // Of a kernel that quantises: largest magnitudes, one a warp; the tokens' scales; the block's slice of the int8

@@ -261,8 +261,9 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
 template <class C>
 __device__ __forceinline__ void store_partial(uint32_t partial, int warpgroup, int warp, int lane,
                                               const int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
+  static_assert(!C::kWarpRings, "there is room for the sums of warps beside their rings");
   constexpr int kPitch = C::kPartialPitch;
-  const int copy = C::kWarpRings ? 4 * warpgroup + warp : C::kDepthSplit ? warpgroup : 0;
+  const int copy = C::kDepthSplit ? warpgroup : 0;
   const int first_feature = warpgroup * C::kFeatureStride;
 #pragma unroll
   for (int j = 0; j < C::kBlocks; ++j) {
@@ -273,7 +274,7 @@ __device__ __forceinline__ void store_partial(uint32_t partial, int warpgroup, i
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int token = 8 * i + 2 * (lane % 4) + e;
-          const int chunk = C::kWarpRings ? 0 : chunk_feature<C::kBlocks>(warp, lane / 8);
+          const int chunk = chunk_feature<C::kBlocks>(warp, lane / 8);
           const int feature = first_feature + chunk + 16 * j + 8 * b + lane / 4;
           asm volatile("st.shared.s32 [%0], %1;" ::"r"(partial + 4 * ((copy * C::kTokens + token) * kPitch + feature)),
                        "r"(sums[j][4 * i + 2 * b + e])
@@ -287,7 +288,7 @@ __device__ __forceinline__ void store_partial(uint32_t partial, int warpgroup, i
 // Where sums meet beside the rings: zero, by all threads of the block, who meet before the first sum is added.
 template <class C>
 __device__ __forceinline__ void clear_sums(uint32_t shared) {
-  constexpr int kBytes = (C::kFlows ? 2 : 1) * C::kTile.sum_bytes();
+  constexpr int kBytes = C::kTile.sums_apart_tiles() * C::kTile.sum_bytes();
 #pragma unroll
   for (int i = 0; i < kBytes; i += 16 * C::kThreads) {
     const int offset = i + 16 * static_cast<int>(threadIdx.x);

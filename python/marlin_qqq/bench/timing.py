@@ -109,8 +109,7 @@ def time_graphs(graphs: dict[str, CapturedLaunches], replays: int, warmup_us: fl
 
     if not graphs:
         return {}
-    _warm_up(graphs, warmup_us)
-    once_us = {name: _replay_us(graph) for name, graph in graphs.items()}
+    once_us = _warm_up(graphs, warmup_us)
     generator = random.Random(0)
     names = list(graphs)
     events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in names}
@@ -147,8 +146,7 @@ def time_graphs_sustained(
     """
     import torch
 
-    _warm_up(graphs, 5e4)
-    once_us = {name: _replay_us(graph) for name, graph in graphs.items()}
+    once_us = _warm_up(graphs, 5e4)
     times: dict[str, list[float]] = {name: [] for name in graphs}
     readings: dict[str, list[tuple[float | None, float | None]]] = {name: [] for name in graphs}
     for _ in range(rounds):
@@ -204,14 +202,18 @@ def _output_bytes(output: Any) -> int:
     return output.numel() * output.element_size() if hasattr(output, "element_size") else 0
 
 
-def _warm_up(graphs: dict[str, CapturedLaunches], warmup_us: float) -> None:
+def _warm_up(graphs: dict[str, CapturedLaunches], warmup_us: float) -> dict[str, float]:
+    """Replays all graphs for about ``warmup_us``. Returns how long each takes, in microseconds."""
     import torch
 
-    once_us = sum(_replay_us(graph) for graph in graphs.values())
-    for _ in range(min(50, math.floor(warmup_us / once_us))):
+    for graph in graphs.values():
+        graph.replay()
+    once_us = {name: _replay_us(graph) for name, graph in graphs.items()}
+    for _ in range(min(50, math.floor(warmup_us / sum(once_us.values())))):
         for graph in graphs.values():
             graph.replay()
     torch.cuda.synchronize()
+    return once_us
 
 
 def _replay_us(graph: CapturedLaunches) -> float:
