@@ -121,7 +121,9 @@ std::vector<Plan> sm80_candidates(const Problem& problem, const DeviceProperties
     }
     const int64_t streams = std::min(slots, tiles * units);
     const int64_t shared_tiles = tiles % streams;
-    if (units > 1 && shared_tiles > 0 && streams % tiles != 0 && shared_tiles * units * (streams + 1) <= INT32_MAX) {
+    // A block without a unit would leave scratch unwritten that the reduction reads.
+    const bool all_share = shared_tiles * units >= streams;
+    if (units > 1 && all_share && streams % tiles != 0 && shared_tiles * units * (streams + 1) <= INT32_MAX) {
       add(streams, 1, std::min(units, divide_up(streams, shared_tiles) + 1));
     }
   }

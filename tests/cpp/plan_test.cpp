@@ -10,7 +10,9 @@
 #include <string>
 #include <vector>
 
+#include "format/divide_up.h"
 #include "plan/families.h"
+#include "plan/sm80_tiles.h"
 #include "plan/sm90_tiles.h"
 
 namespace marlin_qqq {
@@ -388,6 +390,31 @@ TEST(Sm90Candidates, LongProductsTakeNoTurnsAtSmallTiles) {
   EXPECT_TRUE(has("pingpong128", 2048));
   EXPECT_FALSE(has("pingpong128", 4096));
   EXPECT_TRUE(has("pingpong160", 4096));
+}
+
+// The reduction adds what every block between the first and the last of a tile has left in scratch: a block without a
+// part of the shared tiles would leave nothing there.
+TEST_P(EveryArchitecture, BlocksThatShareTilesAllHaveAPart) {
+  const DeviceProperties device = plan::reference_device(GetParam());
+  int num_uneven = 0;
+  for (const int64_t out_features : {512, 2048, 2560, 4096, 5120, 12288, 22016}) {
+    for (const int64_t in_features : {256, 512, 2048, 4096}) {
+      for (int64_t num_tokens = 1; num_tokens <= 1920; num_tokens += num_tokens < 64 ? 9 : 61) {
+        const Problem problem{num_tokens, out_features, in_features, 128};
+        for (const Plan& candidate : plan::candidates(problem, device, Family::kSm80)) {
+          if (candidate.split * candidate.scratch_split == 1) continue;
+          num_uneven += candidate.scratch_split > 1;
+          const int64_t tiles = divide_up(num_tokens, candidate.tile_tokens) *
+                                divide_up(out_features, candidate.tile_features);
+          const int64_t units = in_features / plan::kSm80Tiles[candidate.tile].depth;
+          const int64_t shared_tiles = tiles - plan::sm80_whole_tiles(tiles, candidate.grid, /*shares=*/true);
+          ASSERT_GE(shared_tiles * units, candidate.grid)
+              << describe(problem, GetParam()) << ": " << plan::to_string(candidate);
+        }
+      }
+    }
+  }
+  EXPECT_GT(num_uneven, 100);
 }
 
 // More tiles than blocks: whole rounds and one in which every cluster has a tile at most are all of the tiles.

@@ -109,6 +109,25 @@ def test_rings_that_flow_from_tile_to_tile(monkeypatch, group_size, num_tokens, 
             assert torch.equal(got, expected), f"{name}, constant_weights={constant_weights}"
 
 
+# Whatever torch's allocator hands out: a few tiles left over after a whole round, and clusters' sums of one token.
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
+@pytest.mark.parametrize("group_size", [128, -1])
+@pytest.mark.parametrize("num_tokens, out_features, in_features", [(552, 2048, 256), (1, 512, 4096)])
+def test_what_scratch_holds_does_not_matter(monkeypatch, family, group_size, num_tokens, out_features, in_features):
+    if family == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the sm90 kernels run on Hopper only")
+    problem = reference.random_problem(num_tokens, out_features, in_features, group_size, seed=num_tokens)
+    expected = marlin_qqq_gemm(*problem.arguments).cuda()
+    on_gpu = problem.to("cuda")
+    monkeypatch.setenv("MARLIN_QQQ_FAMILY", family)
+    for candidate in range(count_candidates(monkeypatch, on_gpu)):
+        monkeypatch.setenv("MARLIN_QQQ_CANDIDATE", str(candidate))
+        torch.cuda.empty_cache()
+        used = [torch.full((size << 20,), 0x55, dtype=torch.int8, device="cuda") for size in (1, 2, 4, 8, 16, 32)]
+        del used
+        assert torch.equal(marlin_qqq_gemm(*on_gpu.arguments), expected), f"candidate {candidate}"
+
+
 @pytest.mark.parametrize("group_size", [128, -1])
 def test_candidates_have_names_that_force_them(monkeypatch, group_size):
     problem = reference.random_problem(48, 320, 1024, group_size, seed=48).to("cuda")
