@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstdlib>
+#include <functional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -60,7 +61,13 @@ struct PlanOverrides {
   const char* split = std::getenv("MARLIN_QQQ_SPLIT");
   const char* candidate = std::getenv("MARLIN_QQQ_CANDIDATE");
 
-  bool any() const { return is_set(family) || is_set(tile) || is_set(split) || is_set(candidate); }
+  // What they say, in one string; empty where they say nothing.
+  std::string text() const {
+    if (!is_set(family) && !is_set(tile) && !is_set(split) && !is_set(candidate)) return {};
+    std::string text;
+    for (const char* value : {family, tile, split, candidate}) text.append(is_set(value) ? value : "").append("\n");
+    return text;
+  }
 
   plan::Plan make(const plan::Problem& problem, const plan::DeviceProperties& device) const {
     plan::Family family_override = plan::Family::kNone;
@@ -99,33 +106,33 @@ struct PlanOverrides {
 class PlanCache {
  public:
   const plan::Plan& get(const plan::Problem& problem, int32_t device_index) {
+    const PlanOverrides overrides;
+    const std::string overrides_text = overrides.text();
     const uint64_t hash =
         mix(static_cast<uint64_t>(problem.num_tokens) * 0x9E3779B97F4A7C15u +
             static_cast<uint64_t>(problem.out_features) * 0xC2B2AE3D27D4EB4Fu +
             static_cast<uint64_t>(problem.in_features) * 0x165667B19E3779F9u +
             static_cast<uint64_t>(4 * (problem.group_size + 2) + 2 * problem.quantizes + problem.constant_weights) *
                 0x27D4EB2F165667C5u +
-            static_cast<uint64_t>(device_index));
+            static_cast<uint64_t>(device_index) + std::hash<std::string>()(overrides_text));
     Entry& entry = entries_[hash % entries_.size()];
-    if (entry.device_index != device_index || entry.problem != problem) {
+    if (entry.device_index != device_index || entry.problem != problem || entry.overrides != overrides_text) {
       entry.device_index = -1;  // should planning throw
-      entry.plan = plan::make_plan(problem, device_properties());
+      plan::DeviceProperties device;
+      check_cuda("marlin_qqq_gemm", cuda::current_device_properties(&device));
+      entry.plan = overrides.make(problem, device);
       entry.problem = problem;
+      entry.overrides = overrides_text;
       entry.device_index = device_index;
     }
     return entry.plan;
-  }
-
-  static plan::DeviceProperties device_properties() {
-    plan::DeviceProperties properties;
-    check_cuda("marlin_qqq_gemm", cuda::current_device_properties(&properties));
-    return properties;
   }
 
  private:
   struct Entry {
     int32_t device_index = -1;
     plan::Problem problem{};
+    std::string overrides;
     plan::Plan plan;
   };
 
@@ -141,13 +148,7 @@ class Product {
       : op_(op), call_(call), problem_{call.num_tokens, call.out_features, call.in_features,
                                        call.group_size, quantizes,         constant_weights} {
     static thread_local PlanCache cache;
-    const PlanOverrides overrides;
-    if (overrides.any()) {
-      overridden_ = overrides.make(problem_, PlanCache::device_properties());
-      plan_ = &overridden_;
-    } else {
-      plan_ = &cache.get(problem_, call.device_index);
-    }
+    plan_ = &cache.get(problem_, call.device_index);
   }
 
   Product(const Product&) = delete;
@@ -180,7 +181,6 @@ class Product {
   const char* op_;
   const GemmCall& call_;
   plan::Problem problem_;
-  plan::Plan overridden_;
   const plan::Plan* plan_;
 };
 
