@@ -44,8 +44,9 @@ endforeach()
 if(newest GREATER 0)
   list(APPEND gencodes "-gencode=arch=compute_${newest},code=compute_${newest}")
 endif()
-# sm_100 and 103 lie between 90 and 120: they can run neither's machine code, and of the two PTX only the older.
-if(newest GREATER 100 AND "90" IN_LIST MARLIN_QQQ_CUDA_ARCHITECTURES)
+# PTX of 90, always. sm_100 and 103 lie between 90 and 120: they can run neither's machine code, and of the two PTX only
+# the older. And from 90 on, kernels are launched dependent, which those of older code would not wait for.
+if(NOT newest EQUAL 90)
   list(APPEND gencodes "-gencode=arch=compute_90,code=compute_90")
 endif()
 

@@ -31,9 +31,11 @@ cudaError_t query_properties(int device, plan::DeviceProperties* properties) {
                  clock_khz > 0 ? clock_khz / 1e6 : 1.7,
                  {}};
   if (properties->compute_capability == 90) {
-    for (int size = 1; size <= 8; ++size) properties->clusters[size - 1] = sm90::max_active_clusters(size);
+    for (int size = 1; size <= 8 && error == cudaSuccess; ++size) {
+      error = sm90::max_active_clusters(size, &properties->clusters[size - 1]);
+    }
   }
-  return cudaSuccess;
+  return error;
 }
 
 }  // namespace

@@ -164,9 +164,9 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
                           kReductionThreads, 0, 1, stream, reduction);
 }
 
-int max_active_clusters(int cluster_size) {
+cudaError_t max_active_clusters(int cluster_size, int* clusters) {
   constexpr int kTile = plan::sm90_tile_index("deep256");
-  if (allow_shared_memory_of(kTile, true, Variant::kPlain) != cudaSuccess) return 0;
+  if (cudaError_t error = allow_shared_memory_of(kTile, true, Variant::kPlain)) return error;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = cluster_size;
@@ -178,10 +178,11 @@ int max_active_clusters(int cluster_size) {
   config.dynamicSmemBytes = plan::kSm90Tiles[kTile].shared_memory_bytes();
   config.attrs = &attribute;
   config.numAttrs = 1;
-  int clusters = 0;
-  const Kernel kernel = kernel_for(kTile, true, Variant::kPlain);
-  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) return 0;
-  return clusters;
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(clusters, kernel_for(kTile, true, Variant::kPlain), &config);
+  if (error != cudaErrorInvalidClusterSize) return error;
+  (void)cudaGetLastError();
+  *clusters = 0;  // a part of a GPU that is too small for them
+  return cudaSuccess;
 }
 
 }  // namespace marlin_qqq::cuda::sm90

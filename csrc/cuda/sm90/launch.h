@@ -8,7 +8,7 @@ namespace marlin_qqq::cuda::sm90 {
 cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const GemmArguments& arguments, void* scratch,
                    cudaStream_t stream);
 
-// Clusters of `cluster_size` blocks of the table's largest tile that the current device runs at once.
-int max_active_clusters(int cluster_size);
+// How many clusters of `cluster_size` blocks, each of which fills a multiprocessor, the current device runs at once.
+cudaError_t max_active_clusters(int cluster_size, int* clusters);
 
 }  // namespace marlin_qqq::cuda::sm90
