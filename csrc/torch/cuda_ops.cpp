@@ -159,7 +159,7 @@ class Product {
     // Freed on return, reused by torch only for work that is later on the same stream.
     std::optional<Tensor> scratch;
     if (plan_->scratch_bytes > 0) {
-      scratch = empty({plan_->scratch_bytes}, dtype_codes().int8, call_.device_type, call_.device_index);
+      scratch = empty(op_, {plan_->scratch_bytes}, dtype_codes().int8, call_.device_type, call_.device_index);
     }
     const cuda::GemmArguments arguments{
         call_.activations,
@@ -222,8 +222,8 @@ Tensor marlin_qqq_linear_cuda(const Tensor& x, const Tensor& b_q_weight, const T
                               const std::optional<Tensor>& bias, const std::optional<ScalarType>& out_dtype,
                               bool constant_weights) {
   constexpr const char* op = "marlin_qqq_linear";
-  const DeviceGuard guard(x.get_device_index());
   LinearCall call = check_linear(x, b_q_weight, s_ch, s_group, bias, out_dtype, kAlignment);
+  const DeviceGuard guard(call.gemm.device_index);
   GemmCall& gemm = call.gemm;
   const Tensor output = call.empty_output();
   if (gemm.num_tokens == 0) return output;

@@ -185,6 +185,8 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
         >>> quantized
         tensor([[  64, -127]], dtype=torch.int8)
     """
+    if x is None:  # no tensor, so no backend: torch would print its table of backends
+        raise RuntimeError("quantize_per_token: x must be a tensor, got None")
     return torch.ops.marlin_qqq.quantize_per_token(x)
 
 

@@ -115,6 +115,13 @@ MISTAKES = {
     "b strides": (lambda x, w: (x, w[0].t().contiguous().t(), *w[1:]), "b_q_weight must be contiguous"),
     "s_ch count": (lambda x, w: (x, w[0], w[1][:, :64], w[2]), "s_ch must hold out_features = 128 values"),
     "s_group shape": (lambda x, w: (x, w[0], w[1], w[2][:1]), "s_group must have shape [in_features / 128"),
+    "x missing": (lambda x, w: (None, *w), "x must be a tensor, got None"),
+    "b missing": (lambda x, w: (x, None, *w[1:]), "b_q_weight must be a tensor, got None"),
+    "s_ch missing": (lambda x, w: (x, w[0], None, w[2]), "s_ch must be a tensor, got None"),
+    "s_group missing": (
+        lambda x, w: (x, w[0], w[1], None),
+        "s_group must be a tensor, got None; for per-channel weights pass a tensor without values",
+    ),
 }
 
 
@@ -129,12 +136,27 @@ def test_bad_input_is_named_and_the_next_call_works(device, mistake):
     assert same_bits(marlin_qqq_linear(x, *tensors), two_ops(x, *tensors))
 
 
-def test_bad_options_are_named():
-    x, tensors = torch.randn(5, 256).half(), weights(128, 256, 128)
-    with pytest.raises(RuntimeError, match="out_dtype must be float16 or bfloat16, got torch's Float"):
+@pytest.mark.gpu
+@pytest.mark.parametrize("device, other", [("cuda", "cpu"), ("cpu", "cuda")])
+@pytest.mark.parametrize("index", range(5))
+def test_mixed_devices_are_refused(index, device, other):
+    x, tensors, bias = torch.randn(5, 256).half(), weights(128, 256, 128), torch.zeros(128).half()
+    mixed = [tensor.to(device) for tensor in (x, *tensors, bias)]
+    mixed[index] = mixed[index].to(other)
+    of_x, got = (other, device) if index == 0 else (device, other)
+    with pytest.raises(RuntimeError, match=rf"marlin_qqq_linear: .* must be on the device of x, {of_x}.*, got {got}"):
+        marlin_qqq_linear(*mixed[:4], bias=mixed[4])
+    on_gpu = [tensor.cuda() for tensor in (x, *tensors)]
+    assert same_bits(marlin_qqq_linear(*on_gpu), two_ops(*on_gpu))
+
+
+@pytest.mark.parametrize("device", ["cpu"])
+def test_bad_options_are_named(device):
+    x, tensors = torch.randn(5, 256).half().to(device), [tensor.to(device) for tensor in weights(128, 256, 128)]
+    with pytest.raises(RuntimeError, match="out_dtype must be float16 or bfloat16, got float32"):
         marlin_qqq_linear(x, *tensors, out_dtype=torch.float32)
     with pytest.raises(RuntimeError, match="bias must have the output's dtype, bfloat16, got float16"):
-        marlin_qqq_linear(x.bfloat16(), *tensors, bias=torch.zeros(128).half())
+        marlin_qqq_linear(x.bfloat16(), *tensors, bias=torch.zeros(128, device=device).half())
 
 
 @pytest.mark.parametrize("device", DEVICES)
