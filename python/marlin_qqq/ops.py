@@ -1,4 +1,4 @@
-"""The run-time ops: loads them, tells torch their shapes (fakes), and documents them as Python functions.
+"""The run-time ops: loads them and documents them as Python functions.
 
 ``torch.ops.marlin_qqq.*`` are the ops themselves; the functions here only forward to them. What the numbers are, to
 the bit: docs/format.md. Environment variables that force a CUDA kernel's tile, read on every call:
@@ -14,61 +14,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _fakes, _library  # noqa: F401  the fakes for their effect
+from .limits import OUT_FEATURES_MULTIPLE, check_integer, workspace_size
 
 __all__ = ["make_workspace", "marlin_qqq_gemm", "marlin_qqq_linear", "quantize_per_token"]
-
-
-# Fakes: the shapes that tracing (torch.compile, torch.export, meta tensors) sees.
-
-
-@torch.library.register_fake("marlin_qqq::marlin_qqq_gemm")
-def _gemm_fake(
-    a,
-    b_q_weight,
-    s_tok,
-    s_ch,
-    s_group,
-    workspace,
-    size_m,
-    size_n,
-    size_k,
-    *,
-    bias=None,
-    out_dtype=None,
-    constant_weights=False,
-):
-    return a.new_empty((size_m, size_n), dtype=out_dtype or torch.float16)
-
-
-@torch.library.register_fake("marlin_qqq::quantize_per_token")
-def _quantize_per_token_fake(x):
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-
-
-@torch.library.register_fake("marlin_qqq::marlin_qqq_linear")
-def _linear_fake(x, b_q_weight, s_ch, s_group, *, bias=None, out_dtype=None, constant_weights=False):
-    default = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
-    return x.new_empty((*x.shape[:-1], b_q_weight.shape[1] // 2), dtype=out_dtype or default)
-
-
-@torch.library.register_fake("marlin_qqq::pack_weight")
-def _pack_weight_fake(codes, group_size):
-    in_features, out_features = codes.shape
-    return codes.new_empty((in_features // 16, 2 * out_features), dtype=torch.int32)
-
-
-@torch.library.register_fake("marlin_qqq::unpack_weight")
-def _unpack_weight_fake(packed, group_size):
-    return packed.new_empty((16 * packed.shape[0], packed.shape[1] // 2), dtype=torch.int8)
-
-
-def _same_shape_fake(scale):
-    return scale.new_empty(scale.shape)
-
-
-for _name in ("permute_group_scale", "unpermute_group_scale", "permute_channel_scale", "unpermute_channel_scale"):
-    torch.library.register_fake(f"marlin_qqq::{_name}", _same_shape_fake)
 
 
 # Without our CUDA kernels a CUDA tensor would get the dispatcher's page of text; say what is missing instead.
@@ -238,12 +187,14 @@ def make_workspace(out_features: int, device: torch.device | str) -> Tensor:
     One is enough for a device: take the widest layer's. It is zero again after every call.
 
     Raises:
-        ValueError: ``out_features`` is not a positive multiple of 64.
+        TypeError: ``out_features`` is not an integer.
+        ValueError: it is not a positive multiple of 64.
 
     Example:
         >>> marlin_qqq.make_workspace(256, "cpu").shape
         torch.Size([64])
     """
-    if out_features <= 0 or out_features % 64 != 0:
+    check_integer("out_features", out_features)
+    if out_features <= 0 or out_features % OUT_FEATURES_MULTIPLE != 0:
         raise ValueError(f"make_workspace: out_features must be a positive multiple of 64, got {out_features}")
-    return torch.zeros(out_features // 64 * 16, dtype=torch.int32, device=device)
+    return torch.zeros(workspace_size(out_features), dtype=torch.int32, device=device)

@@ -87,6 +87,8 @@ MISTAKES: dict[str, tuple[str, Change, str]] = {
     ),
     "workspace missing": ("workspace", lambda c: None, "workspace must be a tensor, got None"),
 }
+# What a fake refuses too: all but strides, which torch.compile may still change.
+FAKE_MISTAKES = [mistake for mistake in MISTAKES if "strides" not in mistake]
 
 
 def good_call(device: str) -> dict:
@@ -109,7 +111,30 @@ def test_gemm_refuses(mistake, device):
     assert torch.equal(marlin_qqq_gemm(**good_call(device)).cpu(), expected(device))
 
 
-@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("mistake", FAKE_MISTAKES)
+def test_gemm_refuses_without_memory(mistake):
+    """The fake has the op's own sentences."""
+    name, change, message = MISTAKES[mistake]
+    call = good_call("meta")
+    call[name] = change(call)
+    with pytest.raises(RuntimeError, match="marlin_qqq_gemm: .*" + re.escape(message)):
+        marlin_qqq_gemm(**call)
+    assert marlin_qqq_gemm(**good_call("meta")).shape == (5, 128)
+
+
+@pytest.mark.parametrize("name", ["a", "b_q_weight", "s_tok", "s_ch", "s_group", "workspace", "bias"])
+def test_gemm_refuses_a_meta_tensor_among_real_ones(name):
+    """It would reach the fake, whose output nothing fills."""
+    call = good_call("cpu") | {"bias": torch.zeros(128).half()}
+    call[name] = call[name].to("meta")
+    with pytest.raises(
+        RuntimeError, match=r"marlin_qqq_gemm: .* must be on the device of a, (cpu, got meta|meta, got cpu)"
+    ):
+        marlin_qqq_gemm(**call)
+    assert torch.equal(marlin_qqq_gemm(**good_call("cpu")), expected("cpu"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_gemm_refuses_in_features_that_could_overflow(device):
     in_features = 132224  # the first multiple of 128 from 132104 up
     call = good_call(device)
@@ -156,14 +181,14 @@ def test_gemm_on_cpu_takes_any_storage_offset(name):
     assert torch.equal(marlin_qqq_gemm(**call), expected("cpu"))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", [*DEVICES, "meta"])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.bool, torch.complex64])
 def test_quantize_refuses_dtype(dtype, device):
     with pytest.raises(RuntimeError, match="quantize_per_token: x must be float16, bfloat16 or float32, got"):
         quantize_per_token(torch.zeros(2, 128, device=device).to(dtype))
 
 
-@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_quantize_refuses_scalar(device):
     with pytest.raises(RuntimeError, match="x must have at least 1 dimension"):
         quantize_per_token(torch.tensor(1.0, device=device))
@@ -189,7 +214,7 @@ def test_quantize_refuses_none():
         (torch.uint64, "uint64"),
     ],
 )
-@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_dtypes_have_torchs_names(dtype, name, device):
     with pytest.raises(RuntimeError, match=rf"x must be float16, bfloat16 or float32, got {name}$"):
         quantize_per_token(torch.zeros(2, 128, device=device).to(dtype))
@@ -238,7 +263,7 @@ PACKING_MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("mistake", PACKING_MISTAKES)
 def test_packing_refuses(mistake, device):
     if mistake == "codes range" and device == "meta":

@@ -136,6 +136,15 @@ def test_bad_input_is_named_and_the_next_call_works(device, mistake):
     assert same_bits(marlin_qqq_linear(x, *tensors), two_ops(x, *tensors))
 
 
+@pytest.mark.parametrize("mistake", [mistake for mistake in MISTAKES if "strides" not in mistake])
+def test_fake_names_the_same(mistake):
+    change, message = MISTAKES[mistake]
+    x, tensors = torch.randn(5, 256).half().to("meta"), [tensor.to("meta") for tensor in weights(128, 256, 128)]
+    with pytest.raises(RuntimeError, match="marlin_qqq_linear: " + re.escape(message)):
+        marlin_qqq_linear(*change(x, tensors))
+    assert marlin_qqq_linear(x, *tensors).shape == (5, 128)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("device, other", [("cuda", "cpu"), ("cpu", "cuda")])
 @pytest.mark.parametrize("index", range(5))
@@ -150,7 +159,17 @@ def test_mixed_devices_are_refused(index, device, other):
     assert same_bits(marlin_qqq_linear(*on_gpu), two_ops(*on_gpu))
 
 
-@pytest.mark.parametrize("device", ["cpu"])
+@pytest.mark.parametrize("index", range(5))
+def test_a_meta_tensor_among_real_ones_is_refused(index):
+    """It would reach the fake, whose output nothing fills."""
+    tensors = [torch.randn(5, 256).half(), *weights(128, 256, 128), torch.zeros(128).half()]
+    tensors[index] = tensors[index].to("meta")
+    devices = "meta, got cpu" if index == 0 else "cpu, got meta"
+    with pytest.raises(RuntimeError, match=f"marlin_qqq_linear: .* must be on the device of x, {devices}"):
+        marlin_qqq_linear(*tensors[:4], bias=tensors[4])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_bad_options_are_named(device):
     x, tensors = torch.randn(5, 256).half().to(device), [tensor.to(device) for tensor in weights(128, 256, 128)]
     with pytest.raises(RuntimeError, match="out_dtype must be float16 or bfloat16, got float32"):

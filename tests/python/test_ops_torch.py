@@ -95,6 +95,32 @@ def test_compile_without_recompiles(device, backend):
             assert torch.equal(compiled(x), layer(x))
 
 
+def test_exports_with_a_dynamic_number_of_tokens():
+    layer = Layer()
+    tokens = torch.export.Dim("tokens")
+    program = torch.export.export(layer, (torch.randn(4, 256).half(),), dynamic_shapes=({0: tokens},)).module()
+    for num_tokens in (2, 9, 300):
+        x = torch.randn(num_tokens, 256).half()
+        assert torch.equal(program(x), layer(x))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_with_sizes_that_only_the_run_knows(backend):
+    """As a router makes them: the tokens that a mask picks, none and one too."""
+    layer = Layer()
+
+    def routed(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        rows = torch.nonzero(mask).flatten()
+        return torch.zeros(x.shape[0], 128).half().index_add(0, rows, layer(x[rows]))
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(routed, fullgraph=True, dynamic=True, backend=backend)
+        for num_tokens in (5, 0, 1):
+            x, mask = torch.randn(6, 256).half(), torch.arange(6) < num_tokens
+            assert torch.equal(compiled(x, mask), routed(x, mask))
+
+
 def test_importing_either_way_registers_the_ops():
     """With the first use of a name, or at once where torch is there already; __init__ alone loads no torch."""
     for code in (
