@@ -36,7 +36,8 @@ class QQQLinear(nn.Module):
     """``y = x W^T + bias`` with a QQQ weight; x is quantised per token to int8 on the way.
 
     The result is that of ``quantize_per_token`` and ``marlin_qqq_gemm``, to the bit, on every device and whatever else
-    is in the batch. For inference: nothing has a gradient.
+    is in the batch. For inference: nothing has a gradient. The layer may run where gradients are recorded, but a
+    backward pass that reaches it raises NotImplementedError; an input that requires no gradient is in nobody's way.
 
     Sizes that the op does not take are padded with zeros, K to a multiple of 128 and N of 64, in the stored tensors;
     the output is cut to ``out_features``.

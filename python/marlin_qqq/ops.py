@@ -1,20 +1,25 @@
 """The run-time ops: loads them and documents them as Python functions.
 
 ``torch.ops.marlin_qqq.*`` are the ops themselves; the functions here only forward to them. What the numbers are, to
-the bit: docs/format.md. Environment variables that force a CUDA kernel's tile, read on every call:
-``MARLIN_QQQ_TILE`` (a name from :func:`marlin_qqq.tile_table`, or a plan's ``name``), ``MARLIN_QQQ_SPLIT`` (blocks
-that share an output tile), ``MARLIN_QQQ_FAMILY`` (``sm80`` or ``sm90``), ``MARLIN_QQQ_CANDIDATE`` (from 0: one of the
-planner's candidates, best first). None of them changes a result.
+the bit: docs/format.md. For inference: none has a gradient, and a backward pass that reaches one of the functions
+raises NotImplementedError (one that reaches an op of ``torch.ops`` itself gets torch's warning and no gradient).
+
+Environment variables that force a CUDA kernel's tile, read on every call: ``MARLIN_QQQ_TILE`` (a name from
+:func:`marlin_qqq.tile_table`, or a plan's ``name``), ``MARLIN_QQQ_SPLIT`` (blocks that share an output tile),
+``MARLIN_QQQ_FAMILY`` (``sm80`` or ``sm90``), ``MARLIN_QQQ_CANDIDATE`` (from 0: one of the planner's candidates, best
+first). None of them changes a result.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from . import _fakes, _library  # noqa: F401  the fakes for their effect
+from . import _fakes, _library, _no_gradient  # noqa: F401  the fakes for their effect
 from .limits import OUT_FEATURES_MULTIPLE, check_integer, workspace_size
 
 __all__ = ["make_workspace", "marlin_qqq_gemm", "marlin_qqq_linear", "quantize_per_token"]
@@ -79,6 +84,8 @@ def marlin_qqq_gemm(
     All tensors are on one device. On CUDA all but ``s_tok`` must start at a multiple of 16 bytes: a misaligned tensor
     is refused, not copied.
 
+    No gradient: a backward pass that reaches the call raises NotImplementedError.
+
     Returns:
         ``[num_tokens, out_features]`` of ``out_dtype``.
 
@@ -95,7 +102,10 @@ def marlin_qqq_gemm(
         >>> marlin_qqq.marlin_qqq_gemm(a, *weights, workspace, 3, 256, 128).shape
         torch.Size([3, 256])
     """
-    return torch.ops.marlin_qqq.marlin_qqq_gemm(
+    op: Callable[..., Tensor] = torch.ops.marlin_qqq.marlin_qqq_gemm
+    if torch.is_grad_enabled() and _no_gradient.require_gradient(s_tok, s_ch, s_group, bias):
+        op = partial(_no_gradient.call, "marlin_qqq_gemm")
+    return op(
         a,
         b_q_weight,
         s_tok,
@@ -123,6 +133,8 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
         x: fp16, bf16 or fp32 ``[..., in_features]``, at least 1-D. Rows may lie apart; a layout that is not evenly
             spaced rows is copied first.
 
+    No gradient: a backward pass that reaches the call raises NotImplementedError.
+
     Returns:
         ``(quantized, scale)``: int8 of ``x``'s shape, contiguous, and fp32 ``[..., 1]``.
 
@@ -136,6 +148,8 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     if x is None:  # no tensor, so no backend: torch would print its table of backends
         raise RuntimeError("quantize_per_token: x must be a tensor, got None")
+    if torch.is_grad_enabled() and _no_gradient.require_gradient(x):
+        return _no_gradient.call("quantize_per_token", x)
     return torch.ops.marlin_qqq.quantize_per_token(x)
 
 
@@ -164,6 +178,8 @@ def marlin_qqq_linear(
         out_dtype: ``torch.float16`` or ``torch.bfloat16``; None: the dtype of ``x``, and fp16 for fp32.
         constant_weights: as in :func:`marlin_qqq_gemm`.
 
+    No gradient: a backward pass that reaches the call raises NotImplementedError.
+
     Returns:
         ``[..., out_features]`` of ``out_dtype``, contiguous.
 
@@ -176,9 +192,10 @@ def marlin_qqq_linear(
         >>> marlin_qqq.marlin_qqq_linear(torch.randn(2, 3, 128), *packed).shape
         torch.Size([2, 3, 256])
     """
-    return torch.ops.marlin_qqq.marlin_qqq_linear(
-        x, b_q_weight, s_ch, s_group, bias=bias, out_dtype=out_dtype, constant_weights=constant_weights
-    )
+    op: Callable[..., Tensor] = torch.ops.marlin_qqq.marlin_qqq_linear
+    if torch.is_grad_enabled() and _no_gradient.require_gradient(x, s_ch, s_group, bias):
+        op = partial(_no_gradient.call, "marlin_qqq_linear")
+    return op(x, b_q_weight, s_ch, s_group, bias=bias, out_dtype=out_dtype, constant_weights=constant_weights)
 
 
 def make_workspace(out_features: int, device: torch.device | str) -> Tensor:
