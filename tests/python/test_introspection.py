@@ -92,6 +92,30 @@ def test_without_the_module_only_its_functions_are_missing(monkeypatch):
             call()
 
 
+def test_without_the_module_the_package_can_be_looked_at():
+    code = """if True:
+        import sys
+        sys.modules["marlin_qqq._introspection"] = None
+        names = {}
+        exec("from marlin_qqq import *", names)
+        assert "plan" in names and "Plan" not in names
+        import inspect, pydoc
+        import marlin_qqq
+        from marlin_qqq import introspection
+        assert "Plan" not in dir(marlin_qqq)
+        for module in (marlin_qqq, introspection):
+            assert not hasattr(module, "Plan")
+            assert "plan" in dict(inspect.getmembers(module))
+            assert "tile_table" in pydoc.render_doc(module)
+        try:
+            marlin_qqq.Plan
+        except AttributeError as error:
+            assert "not built for this Python" in str(error)
+    """
+    package = str(Path(marlin_qqq.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": package})
+
+
 def test_needs_no_torch():
     code = "import marlin_qqq, sys; marlin_qqq.plan(1, 64, 128); assert 'torch' not in sys.modules"
     package = str(Path(marlin_qqq.__file__).parents[1])
