@@ -168,6 +168,15 @@ def test_gptq_on_a_padded_layer_takes_the_unpadded_hessian(group_size):
     assert error[0] < 0.8 * error[1]
 
 
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_a_slice_of_a_weight_is_a_layer(group_size):
+    """Its rows lie apart, and the op takes none such."""
+    weight = marlin_qqq.quantize_weight(random_linear(256, 192).weight, group_size)
+    x = random_input(3, 256)
+    part = QQQLinear.from_quantized(marlin_qqq.packing.slice_out_features(weight, 64, 128))
+    assert torch.equal(part(x), QQQLinear.from_quantized(weight)(x)[:, 64:128])
+
+
 # Bad input
 
 
@@ -191,6 +200,15 @@ def test_bad_layers_are_refused():
         QQQLinear(0, 64)
     with pytest.raises(ValueError, match="out_features is -1; it must be positive"):
         QQQLinear(64, -1)
+    for size in (64.0, "64", None):
+        with pytest.raises(TypeError, match=f"in_features is {size!r}; it must be an integer"):
+            QQQLinear(size, 64)
+    too_large = r"in_features is 132097, padded to 132224; in_features must be below 132104, where the int32 sum could"
+    with pytest.raises(ValueError, match=too_large):
+        QQQLinear(132097, 64, device="meta")
+    with pytest.raises(ValueError, match=too_large):
+        QQQLinear.from_linear(nn.Linear(132097, 64, device="meta"))
+    assert QQQLinear(132096, 64, device="meta").padded_in_features == 132096
     with pytest.raises(ValueError, match="group_size is 64; allowed: 128, or -1"):
         QQQLinear(64, 64, group_size=64)
     with pytest.raises(TypeError, match=r"linear is a Conv1d; it must be a torch\.nn\.Linear"):

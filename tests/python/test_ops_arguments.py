@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 
-from marlin_qqq import marlin_qqq_gemm, marlin_qqq_linear, quantize_per_token
+from marlin_qqq import make_workspace, marlin_qqq_gemm, marlin_qqq_linear, quantize_per_token
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ops = torch.ops.marlin_qqq
@@ -278,6 +278,20 @@ def test_packing_names_the_bad_code():
     codes[77, 13] = -9
     with pytest.raises(RuntimeError, match=r"got -9 at \[77, 13\]"):
         ops.pack_weight(codes, -1)
+
+
+@pytest.mark.parametrize(
+    "out_features, error, message",
+    [
+        (0, ValueError, "make_workspace: out_features must be a positive multiple of 64, got 0"),
+        (65, ValueError, "make_workspace: out_features must be a positive multiple of 64, got 65"),
+        (64.0, TypeError, "out_features is 64.0; it must be an integer"),
+        ("64", TypeError, "out_features is '64'; it must be an integer"),
+    ],
+)
+def test_make_workspace_refuses(out_features, error, message):
+    with pytest.raises(error, match=message):
+        make_workspace(out_features, "cpu")
 
 
 # More bytes than an address space has, so that no setting of the system lets them through.
