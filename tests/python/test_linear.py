@@ -302,6 +302,19 @@ def test_compiles_whole_without_recompiling(device, group_size, sizes):
     assert counter.frame_count == 1
 
 
+def test_an_unbacked_number_of_tokens_compiles_once_for_zero_and_one_too():
+    """Without mark_unbacked torch compiles anew for these two sizes, of any model: what the README says."""
+    torch._dynamo.reset()
+    layer = QQQLinear.from_linear(random_linear(200, 100), 128)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for num_tokens in (3, 5, 1, 0):
+        x = random_input(num_tokens, 200)
+        torch._dynamo.decorators.mark_unbacked(x, 0)
+        assert torch.equal(compiled(x), layer(x))
+    assert counter.frame_count == 1
+
+
 @pytest.mark.gpu
 def test_cuda_graph_replays_with_changed_inputs():
     layer = QQQLinear.from_linear(random_linear(200, 100), 128).cuda()
