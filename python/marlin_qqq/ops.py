@@ -59,6 +59,9 @@ def marlin_qqq_gemm(
 
     The sum is exact (int32), the epilogue is fp32 with one rounding to the output's type: every device, kernel and
     batch size gives the same bits. Nothing waits for the GPU; CUDA graphs may capture it; the current stream is used.
+    The sum holds for ``|a| <= 127``, all that :func:`quantize_per_token` gives; with -128 in ``a`` up to 130944
+    ``in_features``, beyond which a sum of -128 times -128 nearly everywhere could wrap (docs/format.md).
+
     The first nine arguments are those of the op that vLLM had built in under this name.
 
     Args:
@@ -81,8 +84,8 @@ def marlin_qqq_gemm(
         constant_weights: promises that no kernel still running writes the weights, scales or bias, so that a CUDA
             kernel may fetch them before the kernel ahead of it has finished. Leave it False when in doubt.
 
-    All tensors are on one device. On CUDA all but ``s_tok`` must start at a multiple of 16 bytes: a misaligned tensor
-    is refused, not copied.
+    All tensors are on one device, and all but ``workspace`` contiguous. On CUDA all but ``s_tok`` and ``workspace``
+    must start at a multiple of 16 bytes. A tensor that is not so is refused, not copied.
 
     No gradient: a backward pass that reaches the call raises NotImplementedError.
 
