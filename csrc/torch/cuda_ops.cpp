@@ -78,7 +78,8 @@ struct PlanOverrides {
       return plans[integer("MARLIN_QQQ_CANDIDATE", candidate, 0, static_cast<long>(plans.size()) - 1)];
     }
     const int split_override = is_set(split) ? static_cast<int>(integer("MARLIN_QQQ_SPLIT", split, 1, 65535)) : 0;
-    return plan::make_plan(problem, device, is_set(tile) ? tile : "", split_override, family_override);
+    return plan::make_plan(problem, device, is_set(tile) ? tile : "", split_override, family_override,
+                           {"MARLIN_QQQ_TILE", "MARLIN_QQQ_SPLIT"});
   }
 
  private:
