@@ -259,8 +259,10 @@ def test_meta_and_back():
     layer = QQQLinear.from_linear(random_linear(256, 64), 128)
     empty = copy.deepcopy(layer).to("meta")
     assert all(buffer.is_meta for buffer in empty.buffers())
-    empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
     x = random_input(3, 256)
+    with pytest.raises(RuntimeError, match="b_q_weight must be on the device of x, cpu, got meta"):
+        empty(x)
+    empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
     assert torch.equal(empty(x), layer(x))
 
 
