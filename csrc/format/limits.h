@@ -21,7 +21,8 @@ inline constexpr int64_t kInFeaturesMultiple = 128;
 // Packing alone needs whole tiles only; whole groups when there are group scales.
 inline constexpr int64_t kPackedInFeaturesMultiple = kTileInFeatures;
 
-// int32 accumulation is exact while 127 * 128 * in_features < 2^31.
+// int32 accumulation is exact while 127 * 128 * in_features < 2^31, for activations down to -127; docs/format.md says
+// what holds with -128.
 inline constexpr int64_t kInFeaturesLimit = 132104;  // exclusive
 static_assert(127 * 128 * (kInFeaturesLimit - 1) < (int64_t{1} << 31), "the largest sum must fit int32");
 

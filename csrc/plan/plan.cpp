@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <set>
 #include <stdexcept>
 
 #include "format/limits.h"
@@ -27,22 +28,57 @@ void check(const Problem& p) {
     refuse("group_size", p.group_size, "128, or -1 for per-channel");
 }
 
+std::string capability_name(const DeviceProperties& device) {
+  return std::to_string(device.compute_capability / 10) + "." + std::to_string(device.compute_capability % 10);
+}
+
 Family family_of(const DeviceProperties& device, Family wanted) {
   if (wanted == Family::kSm90 && device.compute_capability != 90) {
     throw std::invalid_argument("the sm90 family runs on compute capability 9.0 only; this device has " +
-                                std::to_string(device.compute_capability / 10) + "." +
-                                std::to_string(device.compute_capability % 10));
+                                capability_name(device));
   }
   if (wanted != Family::kNone) return wanted;
   if (device.compute_capability < 80) {
-    throw std::invalid_argument("compute capability " + std::to_string(device.compute_capability / 10) + "." +
-                                std::to_string(device.compute_capability % 10) +
+    throw std::invalid_argument("compute capability " + capability_name(device) +
                                 " is too old; 8.0 and later are supported");
   }
   return device.compute_capability == 90 ? Family::kSm90 : Family::kSm80;
 }
 
 bool is_better(const Plan& a, const Plan& b) { return a.estimated_us < b.estimated_us; }
+
+bool has_tile(const Plan& plan, const std::string& tile) {
+  return tile.empty() || plan.tile_name == tile || candidate_name(plan) == tile;
+}
+
+// All blocks that share an output tile, in one cluster or in several.
+int whole_split(const Plan& plan) { return plan.split * plan.scratch_split; }
+
+// Says which override none of the plans has, and what they have in its place.
+[[noreturn]] void refuse_overrides(const Problem& problem, const DeviceProperties& device,
+                                   const std::vector<Plan>& plans, const std::string& tile, int split,
+                                   const OverrideNames& names) {
+  std::vector<std::string> tiles;  // best first
+  std::set<int> splits;            // of the tile asked for
+  for (const Plan& plan : plans) {
+    if (std::find(tiles.begin(), tiles.end(), plan.tile_name) == tiles.end()) tiles.push_back(plan.tile_name);
+    if (has_tile(plan, tile)) splits.insert(whole_split(plan));
+  }
+  std::string text, allowed;
+  if (splits.empty()) {
+    text = std::string(names.tile) + " is '" + tile + "'";
+    for (const std::string& name : tiles) allowed += name + ", ";
+    allowed += "or the name of a candidate with one of them";
+  } else {
+    text = std::string(names.split) + " is " + std::to_string(split);
+    if (!tile.empty()) text += " with " + std::string(names.tile) + " '" + tile + "'";
+    for (const int blocks : splits) allowed += (allowed.empty() ? "" : ", ") + std::to_string(blocks);
+  }
+  throw std::invalid_argument(text + "; allowed for num_tokens " + std::to_string(problem.num_tokens) +
+                              ", out_features " + std::to_string(problem.out_features) + ", in_features " +
+                              std::to_string(problem.in_features) + " on compute capability " +
+                              capability_name(device) + ": " + allowed);
+}
 
 }  // namespace
 
@@ -56,7 +92,7 @@ std::vector<Plan> candidates(const Problem& problem, const DeviceProperties& dev
 }
 
 Plan make_plan(const Problem& problem, const DeviceProperties& device, const std::string& tile_override,
-               int split_override, Family family_override) {
+               int split_override, Family family_override, const OverrideNames& names) {
   if (tile_override == "list") throw std::invalid_argument(list_candidates(problem, device, family_override));
   // A tile's name says its family.
   if (!tile_override.empty() && family_override == Family::kNone) {
@@ -68,15 +104,9 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const std
   const std::vector<Plan> plans = candidates(problem, device, family_override);
   if (problem.num_tokens == 0 || problem.out_features == 0 || problem.in_features == 0) return {};
   for (const Plan& plan : plans) {
-    if (!tile_override.empty() && plan.tile_name != tile_override && candidate_name(plan) != tile_override) continue;
-    if (split_override != 0 && plan.split * plan.scratch_split != split_override) continue;
-    return plan;
+    if (has_tile(plan, tile_override) && (split_override == 0 || whole_split(plan) == split_override)) return plan;
   }
-  throw std::invalid_argument("no tile named '" + tile_override + "' with split " + std::to_string(split_override) +
-                              " can run num_tokens " + std::to_string(problem.num_tokens) + ", out_features " +
-                              std::to_string(problem.out_features) + ", in_features " +
-                              std::to_string(problem.in_features) + " on compute capability " +
-                              std::to_string(device.compute_capability) + "; see tile_table()");
+  refuse_overrides(problem, device, plans, tile_override, split_override, names);
 }
 
 std::string candidate_name(const Plan& plan) {

@@ -76,12 +76,18 @@ struct TileDescription {
   int threads;
 };
 
+// What the caller's user knows the overrides as, for messages.
+struct OverrideNames {
+  const char* tile = "tile";
+  const char* split = "split";
+};
+
 // Picks the launch. `tile_override` (may be empty) forces a row of the table by name or one candidate by its
 // candidate_name(), `split_override` (0: none) the split; both raise std::invalid_argument when there is none such for
 // this problem. `family_override`: kNone lets the device decide. The tile "list" raises too, with list_candidates():
 // that is how the op, whose only answer is a product, tells a program what it could launch.
 Plan make_plan(const Problem& problem, const DeviceProperties& device, const std::string& tile_override = "",
-               int split_override = 0, Family family_override = Family::kNone);
+               int split_override = 0, Family family_override = Family::kNone, const OverrideNames& names = {});
 
 // Every candidate for this problem with its estimated time, best first (for `bench tune` and for tests).
 std::vector<Plan> candidates(const Problem& problem, const DeviceProperties& device,

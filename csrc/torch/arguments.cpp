@@ -1,7 +1,5 @@
 #include "torch/arguments.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <utility>
 
 #include "format/limits.h"
@@ -19,6 +17,11 @@ using torch::headeronly::ScalarType;
 struct Checker {
   const char* op;
   const char* activations;  // name of the argument whose device the others must be on
+
+  // None arrives as a tensor that is not defined, of which nothing else may be asked.
+  void defined(const char* name, const Tensor& tensor, const char* hint = "") const {
+    if (!tensor.defined()) fail(op, name, " must be a tensor, got None", hint);
+  }
 
   void device(const char* name, const Tensor& tensor, int32_t device_type, int32_t device_index) const {
     const int32_t type = device_type_code(tensor);
@@ -69,15 +72,20 @@ bool output_is_bfloat16(const char* op, const std::optional<ScalarType>& out_dty
   if (!out_dtype.has_value()) return by_default;
   if (*out_dtype == ScalarType::Half) return false;
   if (*out_dtype == ScalarType::BFloat16) return true;
-  fail(op, "out_dtype must be float16 or bfloat16, got torch's ", torch::headeronly::toString(*out_dtype));
+  fail(op, "out_dtype must be float16 or bfloat16, got ", dtype_name(*out_dtype));
 }
 
-// Devices and dtypes of what every product has besides its activations: first, for the shapes of a wrong tensor mean
-// little. Sets where the product lives and what it gives.
+// Presence, devices and dtypes of what every product has besides its activations: first, for the shapes of a wrong
+// tensor mean little. Sets where the product lives and what it gives.
 void check_kinds(const Checker& check, const Tensor& activations, const Tensor& b_q_weight, const Tensor& s_ch,
                  const Tensor& s_group, const std::optional<ScalarType>& out_dtype, bool bfloat16_by_default,
                  GemmCall& call) {
   const DtypeCodes& dtypes = dtype_codes();
+  check.defined(check.activations, activations);
+  check.defined("b_q_weight", b_q_weight);
+  check.defined("s_ch", s_ch);
+  check.defined("s_group", s_group, "; for per-channel weights pass a tensor without values");
+  call.op = check.op;
   call.device_type = device_type_code(activations);
   call.device_index = activations.get_device_index();
   call.output_is_bfloat16 = output_is_bfloat16(check.op, out_dtype, bfloat16_by_default);
@@ -154,7 +162,7 @@ int32_t GemmCall::output_dtype() const {
 }
 
 Tensor GemmCall::empty_output() const {
-  return empty({num_tokens, out_features}, output_dtype(), device_type, device_index);
+  return empty(op, {num_tokens, out_features}, output_dtype(), device_type, device_index);
 }
 
 GemmCall check_gemm(const Tensor& a, const Tensor& b_q_weight, const Tensor& s_tok, const Tensor& s_ch,
@@ -164,6 +172,8 @@ GemmCall check_gemm(const Tensor& a, const Tensor& b_q_weight, const Tensor& s_t
   const DtypeCodes& dtypes = dtype_codes();
   GemmCall call;
   check_kinds(check, a, b_q_weight, s_ch, s_group, out_dtype, /*bfloat16_by_default=*/false, call);
+  check.defined("s_tok", s_tok);
+  check.defined("workspace", workspace);
   check.device("s_tok", s_tok, call.device_type, call.device_index);
   check.device("workspace", workspace, call.device_type, call.device_index);
   check.dtype("a", a, dtypes.int8);
@@ -219,7 +229,9 @@ int64_t uniform_row_stride(const Tensor& x) {
 // x as rows. Rows that are contiguous and evenly spaced are read where they are; any other layout is copied.
 TokenRows token_rows(const char* op, const Tensor& x) {
   const DtypeCodes& dtypes = dtype_codes();
+  Checker{op, "x"}.defined("x", x);
   TokenRows rows;
+  rows.op = op;
   rows.dtype = dtype_code(x);
   if (rows.dtype != dtypes.float16 && rows.dtype != dtypes.bfloat16 && rows.dtype != dtypes.float32) {
     fail(op, "x must be float16, bfloat16 or float32, got ", dtype_name(rows.dtype));
@@ -232,26 +244,27 @@ TokenRows token_rows(const char* op, const Tensor& x) {
   rows.x = x;
   rows.row_stride = rows.num_tokens == 0 ? rows.in_features : uniform_row_stride(x);
   if (rows.row_stride < 0) {
-    rows.x = torch::stable::contiguous(x);
+    rows.x = contiguous_copy(op, x);
     rows.row_stride = rows.in_features;
   }
   return rows;
 }
 
-// A tensor of x's shape but for the last size.
-Tensor empty_rows(const Tensor& x, int64_t last_size, int32_t dtype) {
+// A tensor of the rows' shape but for the last size.
+Tensor empty_rows(const TokenRows& rows, int64_t last_size, int32_t dtype) {
+  const Tensor& x = rows.x;
   std::vector<int64_t> sizes(x.dim());
   for (int64_t i = 0; i < x.dim(); ++i) sizes[i] = x.size(i);
   sizes.back() = last_size;
-  return empty(sizes.data(), x.dim(), dtype, device_type_code(x), x.get_device_index());
+  return empty(rows.op, sizes.data(), x.dim(), dtype, device_type_code(x), x.get_device_index());
 }
 
 }  // namespace
 
 QuantizeCall::QuantizeCall(const TokenRows& rows)
     : rows(rows),
-      quantized(empty_rows(rows.x, rows.in_features, dtype_codes().int8)),
-      token_scale(empty_rows(rows.x, 1, dtype_codes().float32)) {}
+      quantized(empty_rows(rows, rows.in_features, dtype_codes().int8)),
+      token_scale(empty_rows(rows, 1, dtype_codes().float32)) {}
 
 QuantizeCall check_quantize_per_token(const Tensor& x) { return QuantizeCall(token_rows(kQuantize, x)); }
 
@@ -260,7 +273,7 @@ void GemmCall::set_activations(const QuantizeCall& call) {
   token_scale = static_cast<const float*>(call.token_scale.const_data_ptr());
 }
 
-Tensor LinearCall::empty_output() const { return empty_rows(rows.x, gemm.out_features, gemm.output_dtype()); }
+Tensor LinearCall::empty_output() const { return empty_rows(rows, gemm.out_features, gemm.output_dtype()); }
 
 LinearCall check_linear(const Tensor& x, const Tensor& b_q_weight, const Tensor& s_ch, const Tensor& s_group,
                         const std::optional<Tensor>& bias, const std::optional<ScalarType>& out_dtype, int alignment) {

@@ -13,6 +13,7 @@ namespace marlin_qqq::torch_ops {
 
 // A product that has passed the checks: sizes, raw pointers, where it lives.
 struct GemmCall {
+  const char* op;
   int64_t num_tokens;
   int64_t out_features;
   int64_t in_features;
@@ -42,6 +43,7 @@ GemmCall check_gemm(const Tensor& a, const Tensor& b_q_weight, const Tensor& s_t
 
 // Activations before their quantisation, as rows.
 struct TokenRows {
+  const char* op;
   Tensor x;  // keeps the rows alive: the argument itself, or a contiguous copy of it
   int64_t num_tokens;
   int64_t in_features;

@@ -121,10 +121,10 @@ Tensor pack_weight_cpu(const Tensor& codes, int64_t group_size) {
   }
   const int64_t in_features = codes.size(0), out_features = codes.size(1);
   check_packed_sizes(op, in_features, out_features, grouped);
-  const Tensor rows = codes.is_contiguous() ? codes : torch::stable::contiguous(codes);
+  const Tensor rows = codes.is_contiguous() ? codes : contiguous_copy(op, codes);
   const auto* data = static_cast<const int8_t*>(rows.const_data_ptr());
   check_codes(data, in_features, out_features);
-  const Tensor packed = empty({in_features / 16, 2 * out_features}, dtypes.int32, aoti_torch_device_type_cpu(), 0);
+  const Tensor packed = empty(op, {in_features / 16, 2 * out_features}, dtypes.int32, aoti_torch_device_type_cpu(), 0);
   cpu::pack_weight(data, in_features, out_features, grouped, static_cast<int32_t*>(packed.mutable_data_ptr()),
                    num_threads());
   return packed;
@@ -141,8 +141,8 @@ Tensor unpack_weight_cpu(const Tensor& packed, int64_t group_size) {
   if (packed.size(1) % 2 != 0) fail(op, "packed's second size must be 2 * out_features, got ", packed.size(1));
   const int64_t in_features = 16 * packed.size(0), out_features = packed.size(1) / 2;
   check_packed_sizes(op, in_features, out_features, grouped);
-  const Tensor rows = packed.is_contiguous() ? packed : torch::stable::contiguous(packed);
-  const Tensor codes = empty({in_features, out_features}, dtypes.int8, aoti_torch_device_type_cpu(), 0);
+  const Tensor rows = packed.is_contiguous() ? packed : contiguous_copy(op, packed);
+  const Tensor codes = empty(op, {in_features, out_features}, dtypes.int8, aoti_torch_device_type_cpu(), 0);
   cpu::unpack_weight(static_cast<const int32_t*>(rows.const_data_ptr()), in_features, out_features, grouped,
                      static_cast<int8_t*>(codes.mutable_data_ptr()), num_threads());
   return codes;
@@ -163,10 +163,10 @@ Tensor reorder_scale(const char* op, const Tensor& scale, cpu::ScaleKind kind, b
     fail(op, "scale must have elements of 2 or 4 bytes (float16, bfloat16, float32), got ",
          dtype_name(dtype_code(scale)));
   }
-  const Tensor input = scale.is_contiguous() ? scale : torch::stable::contiguous(scale);
+  const Tensor input = scale.is_contiguous() ? scale : contiguous_copy(op, scale);
   std::vector<int64_t> sizes(rank);
   for (int64_t i = 0; i < rank; ++i) sizes[i] = scale.size(i);
-  const Tensor output = empty(sizes.data(), rank, dtype_code(scale), aoti_torch_device_type_cpu(), 0);
+  const Tensor output = empty(op, sizes.data(), rank, dtype_code(scale), aoti_torch_device_type_cpu(), 0);
   const int64_t rows = out_features == 0 ? 0 : scale.numel() / out_features;
   (to_stored ? cpu::permute_scale : cpu::unpermute_scale)(input.const_data_ptr(), kind, rows, out_features,
                                                           element_bytes, output.mutable_data_ptr());

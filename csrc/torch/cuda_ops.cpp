@@ -85,7 +85,8 @@ struct PlanOverrides {
       return plans[integer("MARLIN_QQQ_CANDIDATE", candidate, 0, static_cast<long>(plans.size()) - 1)];
     }
     const int split_override = is_set(split) ? static_cast<int>(integer("MARLIN_QQQ_SPLIT", split, 1, 65535)) : 0;
-    return plan::make_plan(problem, device, is_set(tile) ? tile : "", split_override, family_override);
+    return plan::make_plan(problem, device, is_set(tile) ? tile : "", split_override, family_override,
+                           {"MARLIN_QQQ_TILE", "MARLIN_QQQ_SPLIT"});
   }
 
  private:
@@ -160,7 +161,7 @@ class Product {
     // Freed on return, reused by torch only for work that is later on the same stream.
     std::optional<Tensor> scratch;
     if (plan_->scratch_bytes > 0) {
-      scratch = empty({plan_->scratch_bytes}, dtype_codes().int8, call_.device_type, call_.device_index);
+      scratch = empty(op_, {plan_->scratch_bytes}, dtype_codes().int8, call_.device_type, call_.device_index);
     }
     const cuda::GemmArguments arguments{
         call_.activations,
@@ -222,8 +223,8 @@ Tensor marlin_qqq_linear_cuda(const Tensor& x, const Tensor& b_q_weight, const T
                               const std::optional<Tensor>& bias, const std::optional<ScalarType>& out_dtype,
                               bool constant_weights) {
   constexpr const char* op = "marlin_qqq_linear";
-  const DeviceGuard guard(x.get_device_index());
   LinearCall call = check_linear(x, b_q_weight, s_ch, s_group, bias, out_dtype, kAlignment);
+  const DeviceGuard guard(call.gemm.device_index);
   GemmCall& gemm = call.gemm;
   const Tensor output = call.empty_output();
   if (gemm.num_tokens == 0) return output;

@@ -1,5 +1,5 @@
 // The ops' names and types. Kernels register themselves in cpu_ops.cpp and, in the CUDA library, cuda_ops.cpp;
-// shapes for tracing (fakes) are in python/marlin_qqq/ops.py.
+// shapes for tracing (fakes) are in python/marlin_qqq/_fakes.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(marlin_qqq, library) {

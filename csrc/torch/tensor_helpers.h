@@ -51,11 +51,18 @@ inline int32_t device_type_code(const Tensor& tensor) {
 
 // For messages: "float16", "cuda:0", "[3, 128]".
 std::string dtype_name(int32_t dtype_code);
+std::string dtype_name(torch::headeronly::ScalarType dtype);
 std::string device_name(int32_t device_type, int32_t device_index);
 std::string shape_name(const Tensor& tensor);
+std::string shape_name(const int64_t* sizes, int64_t rank);
 
-// Uninitialised, row-major, on the given device, from torch's allocator.
-Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, int32_t device_type, int32_t device_index);
-Tensor empty(const int64_t* sizes, int64_t rank, int32_t dtype, int32_t device_type, int32_t device_index);
+// Uninitialised, row-major, on the given device, from torch's allocator. What `op` cannot have is an error with bytes,
+// shape and device; its type is RuntimeError, for torch's C functions let no exception through.
+Tensor empty(const char* op, std::initializer_list<int64_t> sizes, int32_t dtype, int32_t device_type,
+             int32_t device_index);
+Tensor empty(const char* op, const int64_t* sizes, int64_t rank, int32_t dtype, int32_t device_type,
+             int32_t device_index);
+// The same for a row-major copy.
+Tensor contiguous_copy(const char* op, const Tensor& tensor);
 
 }  // namespace marlin_qqq::torch_ops

@@ -7,7 +7,7 @@ torch was imported before.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +92,11 @@ __all__ = [
     "unpermute_group_scale",
     "write_checkpoint",
 ]
+
+
+# A class of the C++ module that is built for one CPython version; everything else is there without it.
+if importlib.util.find_spec("._introspection", __name__) is None:
+    __all__.remove("Plan")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Looks into the planner without running anything: which kernel a problem would get, on a GPU that need not be here.
 
 The work is done by the C++ module ``_introspection``, which is built for one CPython version. Without it the ops still
-work; only the functions here raise an ImportError that says so.
+work; only the functions here raise an ImportError that says so, and ``Plan`` is missing.
 """
 
 from __future__ import annotations
@@ -108,5 +108,8 @@ def build_info() -> BuildInfo:
 
 def __getattr__(name: str) -> Any:
     if name == "Plan":
-        return _module().Plan
+        try:
+            return _module().Plan
+        except ImportError as error:  # hasattr, inspect and pydoc let an AttributeError alone pass
+            raise AttributeError(str(error)) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

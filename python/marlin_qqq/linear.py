@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from marlin_qqq.limits import check_in_features_limit, check_integer
 from marlin_qqq.ops import marlin_qqq_linear
 from marlin_qqq.packing import (
     GROUP_SIZE,
@@ -32,11 +33,19 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+def _padded_in_features(in_features: int) -> int:
+    padded = round_up(in_features, IN_FEATURES_MULTIPLE)
+    padding = f", padded to {padded}" if padded != in_features else ""
+    check_in_features_limit(padded, f"in_features is {in_features}{padding}")
+    return padded
+
+
 class QQQLinear(nn.Module):
     """``y = x W^T + bias`` with a QQQ weight; x is quantised per token to int8 on the way.
 
     The result is that of ``quantize_per_token`` and ``marlin_qqq_gemm``, to the bit, on every device and whatever else
-    is in the batch. For inference: nothing has a gradient.
+    is in the batch. For inference: nothing has a gradient. The layer may run where gradients are recorded, but a
+    backward pass that reaches it raises NotImplementedError; an input that requires no gradient is in nobody's way.
 
     Sizes that the op does not take are padded with zeros, K to a multiple of 128 and N of 64, in the stored tensors;
     the output is cut to ``out_features``.
@@ -57,7 +66,7 @@ class QQQLinear(nn.Module):
     buffer in place on a GPU, call ``torch.cuda.synchronize()`` before the next forward.
 
     Args:
-        in_features: K of the inputs, any positive size.
+        in_features: K of the inputs, any positive size up to 132096.
         out_features: N of the outputs, any positive size.
         bias: whether there is a bias.
         group_size: 128 or -1.
@@ -65,7 +74,8 @@ class QQQLinear(nn.Module):
         dtype: of the bias; default: torch's default dtype.
 
     Raises:
-        ValueError: a size that is not positive, or a group size that the format does not have.
+        TypeError: a size that is not an integer.
+        ValueError: a size that is not positive or too large, or a group size that the format does not have.
 
     Example:
         >>> layer = marlin_qqq.QQQLinear.from_linear(torch.nn.Linear(4096, 11008), group_size=128)
@@ -90,12 +100,13 @@ class QQQLinear(nn.Module):
     ) -> None:
         super().__init__()
         for name, size in (("in_features", in_features), ("out_features", out_features)):
+            check_integer(name, size)
             if size <= 0:
                 raise ValueError(f"{name} is {size}; it must be positive")
         self.in_features = in_features
         self.out_features = out_features
         self.group_size = check_group_size(group_size)
-        self.padded_in_features = round_up(in_features, IN_FEATURES_MULTIPLE)
+        self.padded_in_features = _padded_in_features(in_features)
         self.padded_out_features = round_up(out_features, OUT_FEATURES_MULTIPLE)
         k, n = self.padded_in_features, self.padded_out_features
         group_shape = (k // GROUP_SIZE, n) if group_size == GROUP_SIZE else (0,)
@@ -124,7 +135,7 @@ class QQQLinear(nn.Module):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear is a {type(linear).__name__}; it must be a torch.nn.Linear")
-        pad_k = round_up(linear.in_features, IN_FEATURES_MULTIPLE) - linear.in_features
+        pad_k = _padded_in_features(linear.in_features) - linear.in_features
         pad_n = round_up(linear.out_features, OUT_FEATURES_MULTIPLE) - linear.out_features
         hessian = options.pop("hessian", None)
         if hessian is not None:
@@ -145,7 +156,7 @@ class QQQLinear(nn.Module):
         """A layer around a packed weight.
 
         Args:
-            weight: the packed weight; its tensors are used, not copied.
+            weight: the packed weight; its tensors are used, not copied, unless they are slices that lie apart.
             bias: floating point ``[out_features]``; copied.
             in_features, out_features: when the weight is padded, the sizes without the padding.
 
@@ -165,7 +176,7 @@ class QQQLinear(nn.Module):
             group_size=weight.group_size,
             device="meta",
         )
-        state = dict(weight._asdict())
+        state = {name: tensor.contiguous() for name, tensor in weight._asdict().items()}
         if bias is not None:
             state["bias"] = bias.detach().clone()
         layer.load_state_dict(state, assign=True)

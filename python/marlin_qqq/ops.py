@@ -1,74 +1,28 @@
-"""The run-time ops: loads them, tells torch their shapes (fakes), and documents them as Python functions.
+"""The run-time ops: loads them and documents them as Python functions.
 
 ``torch.ops.marlin_qqq.*`` are the ops themselves; the functions here only forward to them. What the numbers are, to
-the bit: docs/format.md. Environment variables that force a CUDA kernel's tile, read on every call:
-``MARLIN_QQQ_TILE`` (a name from :func:`marlin_qqq.tile_table`, or a plan's ``name``), ``MARLIN_QQQ_SPLIT`` (blocks
-that share an output tile), ``MARLIN_QQQ_FAMILY`` (``sm80`` or ``sm90``), ``MARLIN_QQQ_CANDIDATE`` (from 0: one of the
-planner's candidates, best first). None of them changes a result.
+the bit: docs/format.md. For inference: none has a gradient, and a backward pass that reaches one of the functions
+raises NotImplementedError (one that reaches an op of ``torch.ops`` itself gets torch's warning and no gradient).
+
+Environment variables that force a CUDA kernel's tile, read on every call: ``MARLIN_QQQ_TILE`` (a name from
+:func:`marlin_qqq.tile_table`, or a plan's ``name``), ``MARLIN_QQQ_SPLIT`` (blocks that share an output tile),
+``MARLIN_QQQ_FAMILY`` (``sm80`` or ``sm90``), ``MARLIN_QQQ_CANDIDATE`` (from 0: one of the planner's candidates, best
+first). None of them changes a result.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _fakes, _library, _no_gradient  # noqa: F401  the fakes for their effect
+from .limits import OUT_FEATURES_MULTIPLE, check_integer, workspace_size
 
 __all__ = ["make_workspace", "marlin_qqq_gemm", "marlin_qqq_linear", "quantize_per_token"]
-
-
-# Fakes: the shapes that tracing (torch.compile, torch.export, meta tensors) sees.
-
-
-@torch.library.register_fake("marlin_qqq::marlin_qqq_gemm")
-def _gemm_fake(
-    a,
-    b_q_weight,
-    s_tok,
-    s_ch,
-    s_group,
-    workspace,
-    size_m,
-    size_n,
-    size_k,
-    *,
-    bias=None,
-    out_dtype=None,
-    constant_weights=False,
-):
-    return a.new_empty((size_m, size_n), dtype=out_dtype or torch.float16)
-
-
-@torch.library.register_fake("marlin_qqq::quantize_per_token")
-def _quantize_per_token_fake(x):
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-
-
-@torch.library.register_fake("marlin_qqq::marlin_qqq_linear")
-def _linear_fake(x, b_q_weight, s_ch, s_group, *, bias=None, out_dtype=None, constant_weights=False):
-    default = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
-    return x.new_empty((*x.shape[:-1], b_q_weight.shape[1] // 2), dtype=out_dtype or default)
-
-
-@torch.library.register_fake("marlin_qqq::pack_weight")
-def _pack_weight_fake(codes, group_size):
-    in_features, out_features = codes.shape
-    return codes.new_empty((in_features // 16, 2 * out_features), dtype=torch.int32)
-
-
-@torch.library.register_fake("marlin_qqq::unpack_weight")
-def _unpack_weight_fake(packed, group_size):
-    return packed.new_empty((16 * packed.shape[0], packed.shape[1] // 2), dtype=torch.int8)
-
-
-def _same_shape_fake(scale):
-    return scale.new_empty(scale.shape)
-
-
-for _name in ("permute_group_scale", "unpermute_group_scale", "permute_channel_scale", "unpermute_channel_scale"):
-    torch.library.register_fake(f"marlin_qqq::{_name}", _same_shape_fake)
 
 
 # Without our CUDA kernels a CUDA tensor would get the dispatcher's page of text; say what is missing instead.
@@ -105,6 +59,9 @@ def marlin_qqq_gemm(
 
     The sum is exact (int32), the epilogue is fp32 with one rounding to the output's type: every device, kernel and
     batch size gives the same bits. Nothing waits for the GPU; CUDA graphs may capture it; the current stream is used.
+    The sum holds for ``|a| <= 127``, all that :func:`quantize_per_token` gives; with -128 in ``a`` up to 130944
+    ``in_features``, beyond which a sum of -128 times -128 nearly everywhere could wrap (docs/format.md).
+
     The first nine arguments are those of the op that vLLM had built in under this name.
 
     Args:
@@ -127,8 +84,10 @@ def marlin_qqq_gemm(
         constant_weights: promises that no kernel still running writes the weights, scales or bias, so that a CUDA
             kernel may fetch them before the kernel ahead of it has finished. Leave it False when in doubt.
 
-    All tensors are on one device. On CUDA all but ``s_tok`` must start at a multiple of 16 bytes: a misaligned tensor
-    is refused, not copied.
+    All tensors are on one device, and all but ``workspace`` contiguous. On CUDA all but ``s_tok`` and ``workspace``
+    must start at a multiple of 16 bytes. A tensor that is not so is refused, not copied.
+
+    No gradient: a backward pass that reaches the call raises NotImplementedError.
 
     Returns:
         ``[num_tokens, out_features]`` of ``out_dtype``.
@@ -146,7 +105,10 @@ def marlin_qqq_gemm(
         >>> marlin_qqq.marlin_qqq_gemm(a, *weights, workspace, 3, 256, 128).shape
         torch.Size([3, 256])
     """
-    return torch.ops.marlin_qqq.marlin_qqq_gemm(
+    op: Callable[..., Tensor] = torch.ops.marlin_qqq.marlin_qqq_gemm
+    if torch.is_grad_enabled() and _no_gradient.require_gradient(s_tok, s_ch, s_group, bias):
+        op = partial(_no_gradient.call, "marlin_qqq_gemm")
+    return op(
         a,
         b_q_weight,
         s_tok,
@@ -174,6 +136,8 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
         x: fp16, bf16 or fp32 ``[..., in_features]``, at least 1-D. Rows may lie apart; a layout that is not evenly
             spaced rows is copied first.
 
+    No gradient: a backward pass that reaches the call raises NotImplementedError.
+
     Returns:
         ``(quantized, scale)``: int8 of ``x``'s shape, contiguous, and fp32 ``[..., 1]``.
 
@@ -185,6 +149,10 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
         >>> quantized
         tensor([[  64, -127]], dtype=torch.int8)
     """
+    if x is None:  # no tensor, so no backend: torch would print its table of backends
+        raise RuntimeError("quantize_per_token: x must be a tensor, got None")
+    if torch.is_grad_enabled() and _no_gradient.require_gradient(x):
+        return _no_gradient.call("quantize_per_token", x)
     return torch.ops.marlin_qqq.quantize_per_token(x)
 
 
@@ -213,6 +181,8 @@ def marlin_qqq_linear(
         out_dtype: ``torch.float16`` or ``torch.bfloat16``; None: the dtype of ``x``, and fp16 for fp32.
         constant_weights: as in :func:`marlin_qqq_gemm`.
 
+    No gradient: a backward pass that reaches the call raises NotImplementedError.
+
     Returns:
         ``[..., out_features]`` of ``out_dtype``, contiguous.
 
@@ -225,9 +195,10 @@ def marlin_qqq_linear(
         >>> marlin_qqq.marlin_qqq_linear(torch.randn(2, 3, 128), *packed).shape
         torch.Size([2, 3, 256])
     """
-    return torch.ops.marlin_qqq.marlin_qqq_linear(
-        x, b_q_weight, s_ch, s_group, bias=bias, out_dtype=out_dtype, constant_weights=constant_weights
-    )
+    op: Callable[..., Tensor] = torch.ops.marlin_qqq.marlin_qqq_linear
+    if torch.is_grad_enabled() and _no_gradient.require_gradient(x, s_ch, s_group, bias):
+        op = partial(_no_gradient.call, "marlin_qqq_linear")
+    return op(x, b_q_weight, s_ch, s_group, bias=bias, out_dtype=out_dtype, constant_weights=constant_weights)
 
 
 def make_workspace(out_features: int, device: torch.device | str) -> Tensor:
@@ -236,12 +207,14 @@ def make_workspace(out_features: int, device: torch.device | str) -> Tensor:
     One is enough for a device: take the widest layer's. It is zero again after every call.
 
     Raises:
-        ValueError: ``out_features`` is not a positive multiple of 64.
+        TypeError: ``out_features`` is not an integer.
+        ValueError: it is not a positive multiple of 64.
 
     Example:
         >>> marlin_qqq.make_workspace(256, "cpu").shape
         torch.Size([64])
     """
-    if out_features <= 0 or out_features % 64 != 0:
+    check_integer("out_features", out_features)
+    if out_features <= 0 or out_features % OUT_FEATURES_MULTIPLE != 0:
         raise ValueError(f"make_workspace: out_features must be a positive multiple of 64, got {out_features}")
-    return torch.zeros(out_features // 64 * 16, dtype=torch.int32, device=device)
+    return torch.zeros(workspace_size(out_features), dtype=torch.int32, device=device)

@@ -2,7 +2,7 @@
 
 The bit layout lives in C++ (``csrc/format``, drawn in ``docs/format.md``); every function here hands the work to an op
 of the ``marlin_qqq`` library. Those ops run on the CPU: a tensor on another device is copied there and the result is
-copied back, so packing works for tensors of any device.
+copied back, so packing works for tensors of any device; a meta tensor gives a meta tensor.
 
 Shapes use N for ``out_features``, K for ``in_features``. ``group_size`` is 128 (one scale per output and 128 inputs) or
 -1 (one scale per output).
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from . import ops as _ops  # noqa: F401  loads the libraries that define torch.ops.marlin_qqq
-
-GROUP_SIZE = 128
-PER_CHANNEL = -1
-# A packed tile is 16 inputs x 64 outputs; packed tensors may be cut only between tiles.
-TILE_IN_FEATURES = 16
-TILE_OUT_FEATURES = 64
-# What marlin_qqq_gemm takes: N a multiple of 64, K a multiple of 128 (in both modes).
-OUT_FEATURES_MULTIPLE = 64
-IN_FEATURES_MULTIPLE = 128
+from .limits import (  # noqa: F401  all of them: importers take them from here
+    GROUP_SIZE,
+    IN_FEATURES_MULTIPLE,
+    OUT_FEATURES_MULTIPLE,
+    PER_CHANNEL,
+    TILE_IN_FEATURES,
+    TILE_OUT_FEATURES,
+    check_group_size,
+)
 
 
 class QQQWeight(NamedTuple):
@@ -64,16 +64,9 @@ class QQQWeight(NamedTuple):
         return QQQWeight(self.B.to(device), self.s_channel.to(device), self.s_group.to(device))
 
 
-def check_group_size(group_size: int) -> int:
-    """Returns ``group_size`` if the format has it (128 or -1), else raises ``ValueError``."""
-    if group_size not in (GROUP_SIZE, PER_CHANNEL):
-        raise ValueError(
-            f"group_size is {group_size!r}; allowed: {GROUP_SIZE}, or {PER_CHANNEL} for one scale a channel"
-        )
-    return int(group_size)
-
-
 def _on_cpu(op: torch._ops.OpOverload, tensor: Tensor, *arguments: int) -> Tensor:
+    if tensor.is_meta:
+        return op(tensor, *arguments)
     result: Tensor = op(tensor.cpu().contiguous(), *arguments)
     return result.to(tensor.device)
 

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from marlin_qqq.limits import check_in_features_limit
 from marlin_qqq.packing import GROUP_SIZE, IN_FEATURES_MULTIPLE, OUT_FEATURES_MULTIPLE, PER_CHANNEL, QQQWeight
 from marlin_qqq.quantization.weight import assemble
 
@@ -53,8 +54,8 @@ def repack_gptq(
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: another bit width or group size, sizes that disagree or are not N % 64 == 0 and K % 128 == 0, zeros
-            that are not symmetric, act-order groups, or scales that are NaN or infinite.
+        ValueError: another bit width or group size, sizes that disagree or are not N % 64 == 0, K % 128 == 0 and
+            K < 132104, zeros that are not symmetric, act-order groups, or scales that are NaN or infinite.
 
     Example:
         >>> weight = marlin_qqq.repack_gptq(qweight, qzeros, scales, g_idx, group_size=128)
@@ -111,6 +112,7 @@ def _check_tensors(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> tuple[int
             f"qweight has shape {list(qweight.shape)}, so K = {in_features} and N = {out_features}; "
             f"K must be a positive multiple of {IN_FEATURES_MULTIPLE} and N of {OUT_FEATURES_MULTIPLE}"
         )
+    check_in_features_limit(in_features, f"qweight has shape {list(qweight.shape)}, so K = {in_features}")
     return in_features, out_features
 
 

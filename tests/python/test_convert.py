@@ -17,6 +17,7 @@ from marlin_qqq import quantize_model
 from marlin_qqq.checkpoint import Checkpoint, CheckpointError, TensorFolder, load_quantized_model
 from marlin_qqq.checkpoint.writer import partial_directory
 from marlin_qqq.convert import ConversionOptions, ConversionPlan, convert, plan_conversion, run_conversion
+from marlin_qqq.convert.source import _reason_to_skip
 from marlin_qqq.quantization import quantize_weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -135,6 +136,12 @@ def test_sizes_that_do_not_fit_stay_with_their_siblings(tmp_path: Path) -> None:
     names = {name.rpartition(".")[2] for name in Checkpoint(tmp_path / "q").modules}
     assert names == {"gate_proj", "up_proj", "down_proj"}
     logits(load_quantized_model(tmp_path / "q"))
+
+
+def test_more_inputs_than_a_product_takes_are_skipped() -> None:
+    reason = "[64, 132224]; in_features must be below 132104, where the int32 sum could overflow"
+    assert _reason_to_skip("down_proj", 132224, 64, ()) == reason
+    assert _reason_to_skip("down_proj", 132096, 64, ()) is None
 
 
 def test_half_of_a_fused_pair_is_not_quantised(tmp_path: Path) -> None:

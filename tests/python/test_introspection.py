@@ -65,7 +65,14 @@ def test_overrides():
         ({"in_features": 132224}, "below 132104, got 132224"),
         ({"group_size": 64}, "group_size must be 128 or -1 (per-channel), got 64"),
         ({"device": "sm_42"}, "sm_42"),
-        ({"tile": "no_such_tile"}, "no_such_tile"),
+        (
+            {"tile": "no_such_tile"},
+            "tile is 'no_such_tile'; allowed for num_tokens 16, out_features 128, in_features 256 on compute "
+            "capability 9.0: ",
+        ),
+        ({"tile": "no_such_tile", "split": 2}, "tile is 'no_such_tile'; allowed for"),
+        ({"split": 7777}, "split is 7777; allowed for num_tokens 16"),
+        ({"tile": "warp16", "split": 7777}, "split is 7777 with tile 'warp16'; allowed for"),
         ({"family": "sm42"}, 'family must be "sm80" or "sm90", got "sm42"'),
     ],
 )
@@ -74,6 +81,26 @@ def test_nonsense_is_refused(arguments, message):
     with pytest.raises(ValueError) as caught:
         marlin_qqq.plan(**{**good, **arguments})
     assert message in str(caught.value)
+
+
+def test_what_a_refusal_allows_is_taken():
+    problem = (64, 1024, 2048)
+
+    def allowed(**overrides) -> list[str]:
+        with pytest.raises(ValueError) as caught:
+            marlin_qqq.plan(*problem, **overrides)
+        *names, last = str(caught.value).rpartition(": ")[2].split(", ")
+        return names if last.startswith("or ") else [*names, last]
+
+    tiles = allowed(tile="no_such_tile")
+    assert set(tiles) == {plan.tile_name for plan in marlin_qqq.candidates(*problem)}
+    for tile in tiles:
+        assert marlin_qqq.plan(*problem, tile=tile).tile_name == tile
+        for split in allowed(tile=tile, split=7777):
+            plan = marlin_qqq.plan(*problem, tile=tile, split=int(split))
+            assert plan.tile_name == tile and plan.split * plan.scratch_split == int(split)
+    for split in allowed(split=7777):
+        marlin_qqq.plan(*problem, split=int(split))
 
 
 def test_build_info():
@@ -90,6 +117,30 @@ def test_without_the_module_only_its_functions_are_missing(monkeypatch):
     for call in (introspection.build_info, introspection.tile_table, lambda: introspection.plan(1, 64, 128)):
         with pytest.raises(ImportError, match="not built for this Python"):
             call()
+
+
+def test_without_the_module_the_package_can_be_looked_at():
+    code = """if True:
+        import sys
+        sys.modules["marlin_qqq._introspection"] = None
+        names = {}
+        exec("from marlin_qqq import *", names)
+        assert "plan" in names and "Plan" not in names
+        import inspect, pydoc
+        import marlin_qqq
+        from marlin_qqq import introspection
+        assert "Plan" not in dir(marlin_qqq)
+        for module in (marlin_qqq, introspection):
+            assert not hasattr(module, "Plan")
+            assert "plan" in dict(inspect.getmembers(module))
+            assert "tile_table" in pydoc.render_doc(module)
+        try:
+            marlin_qqq.Plan
+        except AttributeError as error:
+            assert "not built for this Python" in str(error)
+    """
+    package = str(Path(marlin_qqq.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": package})
 
 
 def test_needs_no_torch():

@@ -168,6 +168,15 @@ def test_gptq_on_a_padded_layer_takes_the_unpadded_hessian(group_size):
     assert error[0] < 0.8 * error[1]
 
 
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_a_slice_of_a_weight_is_a_layer(group_size):
+    """Its rows lie apart, and the op takes none such."""
+    weight = marlin_qqq.quantize_weight(random_linear(256, 192).weight, group_size)
+    x = random_input(3, 256)
+    part = QQQLinear.from_quantized(marlin_qqq.packing.slice_out_features(weight, 64, 128))
+    assert torch.equal(part(x), QQQLinear.from_quantized(weight)(x)[:, 64:128])
+
+
 # Bad input
 
 
@@ -191,6 +200,15 @@ def test_bad_layers_are_refused():
         QQQLinear(0, 64)
     with pytest.raises(ValueError, match="out_features is -1; it must be positive"):
         QQQLinear(64, -1)
+    for size in (64.0, "64", None):
+        with pytest.raises(TypeError, match=f"in_features is {size!r}; it must be an integer"):
+            QQQLinear(size, 64)
+    too_large = r"in_features is 132097, padded to 132224; in_features must be below 132104, where the int32 sum could"
+    with pytest.raises(ValueError, match=too_large):
+        QQQLinear(132097, 64, device="meta")
+    with pytest.raises(ValueError, match=too_large):
+        QQQLinear.from_linear(nn.Linear(132097, 64, device="meta"))
+    assert QQQLinear(132096, 64, device="meta").padded_in_features == 132096
     with pytest.raises(ValueError, match="group_size is 64; allowed: 128, or -1"):
         QQQLinear(64, 64, group_size=64)
     with pytest.raises(TypeError, match=r"linear is a Conv1d; it must be a torch\.nn\.Linear"):
@@ -241,8 +259,10 @@ def test_meta_and_back():
     layer = QQQLinear.from_linear(random_linear(256, 64), 128)
     empty = copy.deepcopy(layer).to("meta")
     assert all(buffer.is_meta for buffer in empty.buffers())
-    empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
     x = random_input(3, 256)
+    with pytest.raises(RuntimeError, match="b_q_weight must be on the device of x, cpu, got meta"):
+        empty(x)
+    empty.to_empty(device="cpu").load_state_dict(layer.state_dict())
     assert torch.equal(empty(x), layer(x))
 
 
@@ -280,6 +300,19 @@ def test_compiles_whole_without_recompiling(device, group_size, sizes):
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
     for num_tokens in (5, 2, 17, 64):
         x = random_input(num_tokens, 3, sizes[0]).to(device)
+        assert torch.equal(compiled(x), layer(x))
+    assert counter.frame_count == 1
+
+
+def test_an_unbacked_number_of_tokens_compiles_once_for_zero_and_one_too():
+    """Without mark_unbacked torch compiles anew for these two sizes, of any model: what the README says."""
+    torch._dynamo.reset()
+    layer = QQQLinear.from_linear(random_linear(200, 100), 128)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for num_tokens in (3, 5, 1, 0):
+        x = random_input(num_tokens, 200)
+        torch._dynamo.decorators.mark_unbacked(x, 0)
         assert torch.equal(compiled(x), layer(x))
     assert counter.frame_count == 1
 

@@ -73,6 +73,27 @@ def test_gemm_largest_sums(device, group_size):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("activation, in_features, expected", [(-128, 130944, 46.0), (-127, 132096, 47.875)])
+def test_gemm_longest_exact_sums(device, group_size, activation, in_features, expected):
+    """Every weight -128: the longest sums that fit int32, with -128 and with what quantize_per_token gives."""
+    assert activation * -128 * in_features / 2**20 - 2000 == expected
+    assert activation * -128 * in_features < 2**31 <= -128 * -128 * (in_features + 128)
+    problem = reference.Problem(
+        a=torch.full((2, in_features), activation, dtype=torch.int8),
+        s_tok=torch.ones(2, 1),
+        codes=torch.full((in_features, 64), -8, dtype=torch.int8),
+        channel_scale=torch.full((64,), 2.0**-20),
+        group_scale=None,
+        b_q_weight=marlin_qqq.pack_weight(torch.full((in_features, 64), -8, dtype=torch.int8), group_size),
+        s_ch=torch.full((1, 64), 2.0**-20),
+        s_group=torch.full((in_features // 128, 64), 16.0).half() if group_size == 128 else torch.empty(0).half(),
+        workspace=marlin_qqq.make_workspace(64, "cpu"),
+    )
+    assert (run(problem, device, bias=torch.full((64,), -2000.0).half()) == expected).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_gemm_overflow_is_infinity(device):
     problem = reference.random_problem(4, 64, 256, 128, seed=4, extreme=True)
     problem = problem._replace(s_tok=torch.full_like(problem.s_tok, 1e6))

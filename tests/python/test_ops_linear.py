@@ -115,6 +115,13 @@ MISTAKES = {
     "b strides": (lambda x, w: (x, w[0].t().contiguous().t(), *w[1:]), "b_q_weight must be contiguous"),
     "s_ch count": (lambda x, w: (x, w[0], w[1][:, :64], w[2]), "s_ch must hold out_features = 128 values"),
     "s_group shape": (lambda x, w: (x, w[0], w[1], w[2][:1]), "s_group must have shape [in_features / 128"),
+    "x missing": (lambda x, w: (None, *w), "x must be a tensor, got None"),
+    "b missing": (lambda x, w: (x, None, *w[1:]), "b_q_weight must be a tensor, got None"),
+    "s_ch missing": (lambda x, w: (x, w[0], None, w[2]), "s_ch must be a tensor, got None"),
+    "s_group missing": (
+        lambda x, w: (x, w[0], w[1], None),
+        "s_group must be a tensor, got None; for per-channel weights pass a tensor without values",
+    ),
 }
 
 
@@ -129,12 +136,46 @@ def test_bad_input_is_named_and_the_next_call_works(device, mistake):
     assert same_bits(marlin_qqq_linear(x, *tensors), two_ops(x, *tensors))
 
 
-def test_bad_options_are_named():
-    x, tensors = torch.randn(5, 256).half(), weights(128, 256, 128)
-    with pytest.raises(RuntimeError, match="out_dtype must be float16 or bfloat16, got torch's Float"):
+@pytest.mark.parametrize("mistake", [mistake for mistake in MISTAKES if "strides" not in mistake])
+def test_fake_names_the_same(mistake):
+    change, message = MISTAKES[mistake]
+    x, tensors = torch.randn(5, 256).half().to("meta"), [tensor.to("meta") for tensor in weights(128, 256, 128)]
+    with pytest.raises(RuntimeError, match="marlin_qqq_linear: " + re.escape(message)):
+        marlin_qqq_linear(*change(x, tensors))
+    assert marlin_qqq_linear(x, *tensors).shape == (5, 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device, other", [("cuda", "cpu"), ("cpu", "cuda")])
+@pytest.mark.parametrize("index", range(5))
+def test_mixed_devices_are_refused(index, device, other):
+    x, tensors, bias = torch.randn(5, 256).half(), weights(128, 256, 128), torch.zeros(128).half()
+    mixed = [tensor.to(device) for tensor in (x, *tensors, bias)]
+    mixed[index] = mixed[index].to(other)
+    of_x, got = (other, device) if index == 0 else (device, other)
+    with pytest.raises(RuntimeError, match=rf"marlin_qqq_linear: .* must be on the device of x, {of_x}.*, got {got}"):
+        marlin_qqq_linear(*mixed[:4], bias=mixed[4])
+    on_gpu = [tensor.cuda() for tensor in (x, *tensors)]
+    assert same_bits(marlin_qqq_linear(*on_gpu), two_ops(*on_gpu))
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_a_meta_tensor_among_real_ones_is_refused(index):
+    """It would reach the fake, whose output nothing fills."""
+    tensors = [torch.randn(5, 256).half(), *weights(128, 256, 128), torch.zeros(128).half()]
+    tensors[index] = tensors[index].to("meta")
+    devices = "meta, got cpu" if index == 0 else "cpu, got meta"
+    with pytest.raises(RuntimeError, match=f"marlin_qqq_linear: .* must be on the device of x, {devices}"):
+        marlin_qqq_linear(*tensors[:4], bias=tensors[4])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_bad_options_are_named(device):
+    x, tensors = torch.randn(5, 256).half().to(device), [tensor.to(device) for tensor in weights(128, 256, 128)]
+    with pytest.raises(RuntimeError, match="out_dtype must be float16 or bfloat16, got float32"):
         marlin_qqq_linear(x, *tensors, out_dtype=torch.float32)
     with pytest.raises(RuntimeError, match="bias must have the output's dtype, bfloat16, got float16"):
-        marlin_qqq_linear(x.bfloat16(), *tensors, bias=torch.zeros(128).half())
+        marlin_qqq_linear(x.bfloat16(), *tensors, bias=torch.zeros(128, device=device).half())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -213,7 +254,9 @@ def test_every_quantizing_launch_has_the_bits_of_the_two_ops(monkeypatch, dtype,
                 try:
                     got = marlin_qqq_linear(x, *tensors, bias=bias, constant_weights=constant_weights)
                 except ValueError as error:
-                    assert "no tile named" in str(error)  # more blocks than stages, more inputs than fit, two waves
+                    assert f"MARLIN_QQQ_TILE is '{tile}/{split}/1/quantizing'; allowed for" in str(
+                        error
+                    )  # more blocks than stages, more inputs than fit, two waves
                     continue
                 launched[tile] += 1
                 assert same_bits(got, expected), (num_tokens, tile, split)

@@ -1,4 +1,4 @@
-"""The ops inside torch: opcheck, torch.compile without recompiles, CUDA graphs, streams, devices."""
+"""The ops inside torch: opcheck, torch.compile without recompiles, no gradients, CUDA graphs, streams, devices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import reference
 import torch
 
 import marlin_qqq
-from marlin_qqq import make_workspace, marlin_qqq_gemm, quantize_per_token
+from marlin_qqq import make_workspace, marlin_qqq_gemm, marlin_qqq_linear, quantize_per_token
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 GROUP_SIZES = [128, -1]
@@ -93,6 +93,113 @@ def test_compile_without_recompiles(device, backend):
         for num_tokens in (2, 3, 16, 17, 64, 200):
             x = torch.randn(num_tokens, 256, device=device).half()
             assert torch.equal(compiled(x), layer(x))
+
+
+# Gradients
+
+
+def quantized_product(x: torch.Tensor) -> torch.Tensor:
+    problem = reference.random_problem(1, 128, 256, 128)
+    a, s_tok = quantize_per_token(x)
+    arguments = (a, problem.b_q_weight, s_tok, problem.s_ch, problem.s_group, problem.workspace)
+    return marlin_qqq_gemm(*arguments, x.shape[0], 128, 256)
+
+
+def fused_product(x: torch.Tensor) -> torch.Tensor:
+    problem = reference.random_problem(1, 128, 256, 128)
+    return marlin_qqq_linear(x, problem.b_q_weight, problem.s_ch, problem.s_group)
+
+
+def scales(x: torch.Tensor) -> torch.Tensor:
+    return quantize_per_token(x)[1]
+
+
+def layer(x: torch.Tensor) -> torch.Tensor:
+    problem = reference.random_problem(1, 128, 256, 128)
+    weight = marlin_qqq.QQQWeight(problem.b_q_weight, problem.s_ch, problem.s_group)
+    return marlin_qqq.QQQLinear.from_quantized(weight, torch.zeros(100), out_features=100)(x)
+
+
+PRODUCTS = {
+    quantized_product: "marlin_qqq_gemm",
+    fused_product: "marlin_qqq_linear",
+    scales: "quantize_per_token",
+    layer: "marlin_qqq_linear",
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_a_backward_pass_is_refused_and_a_forward_pass_is_not(product):
+    x = torch.randn(3, 256)
+    expected = product(x)
+    assert not expected.requires_grad
+    y = product(x.requires_grad_())
+    assert torch.equal(y, expected)
+    y += 1  # as a residual does
+    with pytest.raises(NotImplementedError, match=f"{PRODUCTS[product]} has no gradient: it is for inference"):
+        (y.float().sum() + x.sum()).backward()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(product(x), expected) and not product(x).requires_grad
+
+
+@pytest.mark.parametrize("tensor", ["s_tok", "s_ch", "bias"])
+def test_no_other_input_has_a_gradient(tensor):
+    problem = reference.random_problem(3, 128, 256, 128)
+    call = dict(zip(("a", "b", "s_tok", "s_ch", "s_group", "workspace"), problem.arguments, strict=False))
+    call["bias"] = torch.zeros(128).half()
+    call[tensor].requires_grad_()
+    *tensors, bias = call.values()
+    with pytest.raises(NotImplementedError, match="marlin_qqq_gemm has no gradient"):
+        marlin_qqq_gemm(*tensors, *problem.sizes, bias=bias).sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("product", [quantized_product, fused_product])
+def test_a_compiled_backward_pass_is_refused_when_it_runs(product, backend):
+    """Not when it is traced: a model may be compiled and run where gradients are recorded."""
+    problem = reference.random_problem(1, 128, 256, 128)
+    weights = problem.b_q_weight, problem.s_ch, problem.s_group
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        if product is fused_product:
+            return marlin_qqq_linear(x * 2, *weights) + x[:, :128]
+        a, s_tok = quantize_per_token(x * 2)
+        arguments = (a, weights[0], s_tok, *weights[1:], problem.workspace)
+        return marlin_qqq_gemm(*arguments, x.shape[0], 128, 256) + x[:, :128]
+
+    x = torch.randn(3, 256, requires_grad=True)
+    torch._dynamo.reset()
+    y = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)(x)
+    assert torch.equal(y, model(x))
+    with pytest.raises(NotImplementedError, match="has no gradient: it is for inference"):
+        y.sum().backward()
+
+
+def test_exports_with_a_dynamic_number_of_tokens():
+    layer = Layer()
+    tokens = torch.export.Dim("tokens")
+    program = torch.export.export(layer, (torch.randn(4, 256).half(),), dynamic_shapes=({0: tokens},)).module()
+    for num_tokens in (2, 9, 300):
+        x = torch.randn(num_tokens, 256).half()
+        assert torch.equal(program(x), layer(x))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_with_sizes_that_only_the_run_knows(backend):
+    """As a router makes them: the tokens that a mask picks, none and one too."""
+    layer = Layer()
+
+    def routed(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        rows = torch.nonzero(mask).flatten()
+        return torch.zeros(x.shape[0], 128).half().index_add(0, rows, layer(x[rows]))
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(routed, fullgraph=True, dynamic=True, backend=backend)
+        for num_tokens in (5, 0, 1):
+            x, mask = torch.randn(6, 256).half(), torch.arange(6) < num_tokens
+            assert torch.equal(compiled(x, mask), routed(x, mask))
 
 
 def test_importing_either_way_registers_the_ops():

@@ -137,6 +137,15 @@ def test_bad_codes_are_refused(codes, message, group_size):
         marlin_qqq.pack_weight(codes, group_size)
 
 
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_meta_tensors_give_meta_tensors(group_size):
+    packed = marlin_qqq.pack_weight(torch.empty(256, 128, dtype=torch.int8, device="meta"), group_size)
+    assert packed.is_meta and packed.shape == (16, 256) and packed.dtype == torch.int32
+    codes = marlin_qqq.unpack_weight(packed, group_size)
+    assert codes.is_meta and codes.shape == (256, 128) and codes.dtype == torch.int8
+    assert marlin_qqq.permute_group_scale(torch.empty(2, 128, device="meta")).is_meta
+
+
 def test_cuts_through_tiles_are_refused():
     grouped, per_channel = random_weight(256, 128, 128), random_weight(256, 128, -1)
     with pytest.raises(ValueError, match=r"out_features \[0, 32\) cuts a tile; both ends must be multiples of 64"):

@@ -131,3 +131,10 @@ def test_bad_tensors_are_refused(change, error, message):
     arguments = {"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": g_idx, "group_size": 128} | change
     with pytest.raises(error, match=message):
         marlin_qqq.repack_gptq(**arguments)
+
+
+def test_more_inputs_than_a_product_takes_are_refused():
+    words = torch.zeros(1, 1, dtype=torch.int32)
+    arguments = words.expand(132224 // 8, 64), words.expand(1033, 8), torch.zeros(1033, 64)
+    with pytest.raises(ValueError, match=r"so K = 132224; in_features must be below 132104, where the int32 sum could"):
+        marlin_qqq.repack_gptq(*arguments)

@@ -291,6 +291,12 @@ def test_bad_arguments_are_refused(weight, arguments, error, message):
         marlin_qqq.quantize_weight(weight, **arguments)
 
 
+def test_more_inputs_than_a_product_takes_are_refused():
+    message = r"weight has shape \[64, 132224\]; in_features must be below 132104, where the int32 sum could overflow"
+    with pytest.raises(ValueError, match=message):
+        marlin_qqq.quantize_weight(torch.zeros(1, 1).expand(64, 132224))
+
+
 def test_scales_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"scale has shape \[1, 64\]; codes \[256, 64\] need \[2, 64\]"):
         assemble(torch.zeros(256, 64, dtype=torch.int8), torch.ones(1, 64), 128)

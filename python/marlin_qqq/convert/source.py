@@ -14,6 +14,7 @@ from marlin_qqq.checkpoint.config import QUANT_METHOD, read_json_object
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.reader import Checkpoint, natural_key
 from marlin_qqq.checkpoint.tensors import TensorFolder
+from marlin_qqq.limits import check_in_features_limit
 from marlin_qqq.packing import IN_FEATURES_MULTIPLE, OUT_FEATURES_MULTIPLE
 from marlin_qqq.quantization.model import is_skipped
 
@@ -216,6 +217,10 @@ def _reason_to_skip(name: str, in_features: int, out_features: int, skip: tuple[
             f"[{out_features}, {in_features}]: out_features must be a multiple of {OUT_FEATURES_MULTIPLE}, "
             f"in_features of {IN_FEATURES_MULTIPLE}"
         )
+    try:
+        check_in_features_limit(in_features, f"[{out_features}, {in_features}]")
+    except ValueError as error:
+        return str(error)
     return None
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from marlin_qqq.limits import check_in_features_limit
 from marlin_qqq.packing import (
     IN_FEATURES_MULTIPLE,
     OUT_FEATURES_MULTIPLE,
@@ -33,7 +34,7 @@ def quantize_weight(
 
     Args:
         weight: fp16, bf16, fp32 or fp64 ``[N, K]`` (the layout of ``torch.nn.Linear.weight``), finite; N a multiple of
-            64, K of 128. ``QQQLinear.from_linear`` pads other sizes.
+            64, K of 128 and below 132104. ``QQQLinear.from_linear`` pads other sizes.
         group_size: 128: a scale per output and 128 inputs; -1: a scale per output.
         method: ``"rtn"``: round to nearest with the scale of the largest weight. ``"mse"``: the same with a scale that
             is searched for the least squared error. ``"gptq"``: rounding that minimises the layer's output error on
@@ -66,6 +67,7 @@ def quantize_weight(
                 f"weight has shape {list(weight.shape)}; {name} must be a positive multiple of {multiple} "
                 "(QQQLinear.from_linear pads other sizes)"
             )
+    check_in_features_limit(weight.shape[1], f"weight has shape {list(weight.shape)}")
     weight = weight.detach()
     if not torch.isfinite(weight).all():
         raise ValueError(
