@@ -41,6 +41,8 @@ SHOWN_TOKENS = (1, 16, 32, 64, 128, 256, 1024, 4096)
 # Column heads and (implementation, group size) of the short table.
 SHORT_COLUMNS = (
     ("read", ("read", -1)),
+    ("chain", ("chain", -1)),
+    ("chain g", ("chain", 128)),
     ("chn", (OURS, -1)),
     ("chn+c", (f"{OURS}:constant", -1)),
     ("g128", (OURS, 128)),
@@ -64,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", default=",".join(shape.name for shape in REFERENCE_SHAPES), help="NxK,NxK,...")
     parser.add_argument("--num-tokens", default=TOKENS, help="batch sizes of the main part")
     parser.add_argument("--variants", default="default,constant,sm80", help="variants of our op in the main part")
-    parser.add_argument("--baselines", default="read,humming,fp8,fp16,int_mm")
+    parser.add_argument("--baselines", default="read,chain,humming,fp8,fp16,int_mm")
     parser.add_argument("--replays", type=int, default=11)
     parser.add_argument("--parts", default="quantize,gemm,sustained,extras,linear", help="which parts to run")
     parser.add_argument("--device", default="cuda", help="cuda; cpu only tries the script out")

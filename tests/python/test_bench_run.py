@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -18,7 +19,7 @@ from marlin_qqq.bench import timing
 from marlin_qqq.bench.implementations import gemm_implementations, parse_baselines
 from marlin_qqq.bench.implementations.base import Context, Implementation, Unavailable
 from marlin_qqq.bench.implementations.marlin import MarlinGemm, overridden_environment, parse_variant
-from marlin_qqq.bench.implementations.torch_baselines import PlainRead
+from marlin_qqq.bench.implementations.torch_baselines import ChainedRead, PlainRead
 from marlin_qqq.bench.presets import Layer
 from marlin_qqq.bench.problem import Ceilings, GemmProblem
 from marlin_qqq.bench.results import Run, load_run
@@ -293,12 +294,13 @@ def test_out_of_time_is_noted(gpu_like):
     assert runner.run.notes == ["not run: gemm 64x128 M=2, out of time"]
 
 
+@pytest.mark.parametrize("baseline", [PlainRead, ChainedRead])
 @pytest.mark.parametrize("group_size", [-1, 128])
-def test_the_read_baseline_reads_what_the_product_reads_of_weights(monkeypatch, group_size):
+def test_the_read_baselines_read_what_the_product_reads_of_weights(monkeypatch, baseline, group_size):
     monkeypatch.setattr(runner_module.ceilings_module, "fastest_read_kernel", lambda sources, device: ((0, 0, 0), None))
     problem = GemmProblem(1, 192, 256, group_size)
     context = Context("cpu", torch.float16, 1 << 10)
-    read = PlainRead(group_size)
+    read = baseline(group_size)
     read.load(problem, context)
     weights = context.packed_weights(problem)
     assert len(read.sources) == len(weights.packed) > 1
@@ -322,6 +324,28 @@ def test_peers_that_cannot_run_give_their_reason():
         with pytest.raises(Unavailable, match="CUDA device"):
             peer.available(context)
     assert humming.compile_ahead([(64, 128)], [128], context) == "Humming needs a CUDA device"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 17, 64])
+def test_the_chained_read_reads_all_and_writes_all(num_tokens):
+    from marlin_qqq.bench.triton_kernels import CHAINED_READ_VARIANTS, launch_chained_read
+
+    def xor_of(values):
+        return int(numpy.bitwise_xor.reduce(values.cpu().numpy(), axis=None))
+
+    weights = torch.randint(-(2**31), 2**31, (3 * 8192 + 64,), dtype=torch.int32, device="cuda")
+    rows = torch.randint(-(2**31), 2**31, (num_tokens, 600), dtype=torch.int32, device="cuda")
+    for chunk, num_warps in CHAINED_READ_VARIANTS:
+        output = torch.zeros(1000, dtype=torch.int32, device="cuda")
+        launch_chained_read(weights, rows, output, (chunk, num_warps))
+        part = chunk // 32
+        blocks = -(-weights.numel() // chunk)
+        share = -(-output.numel() // blocks)
+        for block in range(blocks):
+            column = block % -(-rows.shape[1] // part) * part
+            expected = xor_of(weights[block * chunk :][:chunk]) ^ xor_of(rows[:, column:][:, :part])
+            assert set(output[block * share :][:share].tolist()) == {expected}
 
 
 @pytest.mark.gpu

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from marlin_qqq.bench.problem import Ceilings
 
 # Dense int8 rates (TOPS) that a loop of wgmma m64n256k32 on random data sustained for 23 ms, operands in shared
 # memory: docs/benchmark.md, "Ceilings". Used when the rate measured in the run is lower, and said so.
 KNOWN_INT8_TOPS = {"H200": 1910.0, "H100": 1920.0}
+
+Variant = TypeVar("Variant")
 
 READ_BYTES = 2 << 30
 WARM_UP_SECONDS = 0.1
@@ -104,17 +106,27 @@ def read_kernels(device: str) -> dict[tuple[int, int, int], Callable[[Any], Any]
 
 def fastest_read_kernel(sources: list[Any], device: str) -> tuple[tuple[int, int, int], Callable[[Any], Any]]:
     """The read variant that is fastest over these int32 tensors in turn, back to back in a CUDA graph."""
+    kernels = read_kernels(device)
+
+    def bind(read: Callable[[Any], Any]) -> Callable[[int], Any]:
+        return lambda index: read(sources[index % len(sources)])
+
+    launches = {variant: bind(read) for variant, read in kernels.items()}
+    best = fastest_launch(launches, len(sources), 4 * sources[0].numel())
+    return best, kernels[best]
+
+
+def fastest_launch(launches: Mapping[Variant, Callable[[int], Any]], copies: int, bytes_read: int) -> Variant:
+    """The key of the fastest of these functions of the launch's index, which read ``bytes_read`` of one of ``copies``.
+
+    They are timed back to back in a CUDA graph.
+    """
     from marlin_qqq.bench.timing import CapturedLaunches, num_launches, time_graphs
 
-    kernels = read_kernels(device)
-    launches = num_launches(len(sources), sources[0].numel() * 4 / 4e6)
-
-    def capture(read: Callable[[Any], Any]) -> CapturedLaunches:
-        return CapturedLaunches(lambda index: read(sources[index % len(sources)]), launches)
-
-    samples = time_graphs({str(variant): capture(read) for variant, read in kernels.items()}, replays=5, warmup_us=5e3)
-    best = min(kernels, key=lambda variant: samples[str(variant)].median_us)
-    return best, kernels[best]
+    count = num_launches(copies, bytes_read / 4e6)
+    graphs = {str(variant): CapturedLaunches(launch, count) for variant, launch in launches.items()}
+    samples = time_graphs(graphs, replays=5, warmup_us=5e3)
+    return min(launches, key=lambda variant: samples[str(variant)].median_us)
 
 
 def _tensor_core_loop_rate(device: str) -> float:

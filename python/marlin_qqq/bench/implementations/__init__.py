@@ -23,13 +23,15 @@ __all__ = [
     "parse_baselines",
 ]
 
-CUDA_BASELINES = ("read", "fp16", "bf16", "int_mm", "fp8", "humming", "vllm")
+CUDA_BASELINES = ("read", "chain", "fp16", "bf16", "int_mm", "fp8", "humming", "vllm")
 CPU_BASELINES = ("fp32", "int_mm")
 
 
 def default_baselines(device: str) -> tuple[str, ...]:
-    """All baselines of the device but bf16 matmul, which runs at fp16's speed."""
-    return tuple(name for name in CUDA_BASELINES if name != "bf16") if device.startswith("cuda") else CPU_BASELINES
+    """All baselines of the device but bf16 matmul, which runs at fp16's speed, and the chained read, a ceiling."""
+    if not device.startswith("cuda"):
+        return CPU_BASELINES
+    return tuple(name for name in CUDA_BASELINES if name not in ("bf16", "chain"))
 
 
 def parse_baselines(text: str, device: str) -> tuple[str, ...]:
@@ -47,7 +49,7 @@ def parse_baselines(text: str, device: str) -> tuple[str, ...]:
 def gemm_implementations(
     variants: Sequence[str], baselines: Sequence[str], group_sizes: Sequence[int]
 ) -> list[Implementation]:
-    """Our op for every variant and group size, then the baselines (read, Humming and vLLM for every size too)."""
+    """Our op for every variant and group size, then the baselines (reads, Humming and vLLM for every size too)."""
     from marlin_qqq.bench.implementations import humming, marlin, torch_baselines, vllm
 
     implementations: list[Implementation] = [
@@ -56,6 +58,8 @@ def gemm_implementations(
     for name in baselines:
         if name == "read":
             implementations += [torch_baselines.PlainRead(group_size) for group_size in group_sizes]
+        elif name == "chain":
+            implementations += [torch_baselines.ChainedRead(group_size) for group_size in group_sizes]
         elif name == "humming":
             implementations += [humming.HummingGemm(group_size) for group_size in group_sizes]
         elif name == "vllm":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from marlin_qqq.bench.check import close_check
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 # cuBLAS wants more than 16 rows of an int8 product, and multiples of 8 elsewhere.
 SMALLEST_INT_MM_TOKENS = 17
 CHECKED_ROWS = 32
+LARGEST_CHAINED_TOKENS = 64  # a block's part of more rows does not fit its registers
 
 
 def make(name: str) -> Implementation:
@@ -202,16 +204,19 @@ class PlainRead(Implementation):
             raise Unavailable("triton is not installed") from None
 
     def load(self, problem: GemmProblem, context: Context) -> None:
-        import torch
-
         from marlin_qqq.bench.ceilings import fastest_read_kernel
+
+        self.load_sources(problem, context)
+        self.variant, self.read = fastest_read_kernel(self.sources, context.device)
+
+    def load_sources(self, problem: GemmProblem, context: Context) -> None:
+        import torch
 
         weights = context.packed_weights(self.with_group(problem))
         self.sources = [packed.view(-1) for packed in weights.packed]
         if self.group_size > 0:
             scales = (scale.view(-1).view(torch.int32) for scale in weights.group_scale)
             self.sources = [torch.cat(both) for both in zip(self.sources, scales, strict=True)]
-        self.variant, self.read = fastest_read_kernel(self.sources, context.device)
 
     def bind(self, problem: GemmProblem, activations: Activations, context: Context) -> Bound:
         read = self.read
@@ -231,6 +236,54 @@ class PlainRead(Implementation):
 
     def unload(self) -> None:
         self.sources, self.read = [], None
+
+
+class ChainedRead(PlainRead):
+    """All of a product but its arithmetic, a launch of which waits for the one before it as ours do.
+
+    Under programmatic dependent launch: the weights are read before the wait, as with ``constant_weights``, then the
+    activations, then as many bytes are written as the output has. Of several variants the fastest for this problem is
+    timed. What a product takes beyond that is its arithmetic and where its sums meet.
+    """
+
+    name = "chain"
+
+    def available(self, context: Context) -> None:
+        import torch
+
+        super().available(context)
+        if torch.cuda.get_device_capability(context.device) < (9, 0):
+            raise Unavailable("programmatic dependent launch needs compute capability 9.0")
+
+    def load(self, problem: GemmProblem, context: Context) -> None:
+        self.load_sources(problem, context)
+
+    def bind(self, problem: GemmProblem, activations: Activations, context: Context) -> Bound:
+        import torch
+
+        from marlin_qqq.bench.ceilings import fastest_launch
+        from marlin_qqq.bench.triton_kernels import CHAINED_READ_VARIANTS, launch_chained_read
+
+        if problem.num_tokens > LARGEST_CHAINED_TOKENS:
+            raise Unavailable(f"for up to {LARGEST_CHAINED_TOKENS} tokens")
+        rows = [copy.view(torch.int32) for copy in activations.quantized]
+        output_words = problem.num_tokens * problem.out_features // 2  # two 16-bit values a word
+
+        def launch(variant: tuple[int, int], index: int) -> torch.Tensor:
+            output = torch.empty(output_words, dtype=torch.int32, device=context.device)
+            source = self.sources[index % len(self.sources)]
+            return launch_chained_read(source, rows[index % len(rows)], output, variant)
+
+        variants = {variant: partial(launch, variant) for variant in CHAINED_READ_VARIANTS}
+        best = fastest_launch(variants, len(self.sources), 4 * self.sources[0].numel())
+        return Bound(
+            launch=variants[best],
+            check=lambda output: "not checked",
+            bytes_moved=self.with_group(problem).bytes_moved,
+            operations=0,
+            exact=False,
+            extra={"chain_variant": str(best)},
+        )
 
 
 def _elements(problem: GemmProblem) -> int:
