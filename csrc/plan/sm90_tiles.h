@@ -41,7 +41,7 @@ inline constexpr int kSm90SharedMemory = 228 * 1024;
 inline constexpr int kSm90SystemMemory = 1024;
 inline constexpr int kSm90LargestBlockMemory = kSm90SharedMemory - kSm90SystemMemory;
 
-// Rows of the largest box that the copy engine takes.
+// Rows of the largest box that TMA takes.
 inline constexpr int kLargestCopy = 256;
 
 // Inputs of a token that a product's kernel quantises: every block reads every row, and of longer ones that takes more
@@ -180,7 +180,7 @@ inline constexpr Sm90Tile kSm90Tiles[] = {
     {"warp16",     4,  16, Cooperation::kWarp,     2,  4, 1},
     {"warp24",     4,  24, Cooperation::kWarp,     2,  3, 1},
     {"warp32",     4,  32, Cooperation::kWarp,     2,  3, 1},
-    // Narrow: 64 features and all of the inputs, so that most layers need no split; a ring of four to ten stages a
+    // Narrow: 64 features and all of the inputs, so that most layers need no split; a ring of three to ten stages a
     // warpgroup keeps 200 KB on their way.
     {"narrow8",    1,   8, Cooperation::kDepth,    4, 10, 1},
     {"narrow16",   1,  16, Cooperation::kDepth,    4,  8, 1},
@@ -190,7 +190,7 @@ inline constexpr Sm90Tile kSm90Tiles[] = {
     {"narrow64",   1,  64, Cooperation::kDepth,    4,  4, 1},
     {"narrow80",   1,  80, Cooperation::kDepth,    4,  3, 1},
     {"narrow96",   1,  96, Cooperation::kDepth,    4,  3, 1},
-    // Tall: two warpgroups with deeper rings, and up to 256 tokens, for layers whose features are too few tiles of 128.
+    // Tall: two warpgroups with deeper rings, and up to 320 tokens, for layers whose features are too few tiles of 128.
     {"tall32",   1,  32, Cooperation::kDepth,    2, 13, 1},
     {"tall48",   1,  48, Cooperation::kDepth,    2, 10, 1},
     {"tall64",   1,  64, Cooperation::kDepth,    2,  9, 1},
@@ -245,7 +245,7 @@ inline constexpr Sm90Tile kSm90Tiles[] = {
     {"pingpong128", 2, 128, Cooperation::kPingpong, 2, 7, 1},
     {"pingpong144", 2, 144, Cooperation::kPingpong, 2, 6, 1},
     {"pingpong160", 2, 160, Cooperation::kPingpong, 2, 6, 1},
-    // Wide tokens: the dequantisation of a weight serves up to 256 tokens, which hides the group scales.
+    // Wide tokens: the dequantisation of a weight serves up to 320 tokens, which hides the group scales.
     {"deep64",    1,  64, Cooperation::kFeatures, 2, 10, 1},
     {"deep80",    1,  80, Cooperation::kFeatures, 2, 10, 1},
     {"deep96",    1,  96, Cooperation::kFeatures, 2, 8, 1},

@@ -1,4 +1,4 @@
-// Warp-level pieces of the mma.sync path: matrix product, matrix load, asynchronous copies.
+// Warp-level pieces of the mma.sync path: matrix product, matrix load.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Descriptions of row-major matrices for the copy engine (CUDA Driver API, cuTensorMapEncodeTiled).
+// Descriptions of row-major matrices for TMA (CUDA Driver API, cuTensorMapEncodeTiled).
 #pragma once
 
 #include <cuda.h>

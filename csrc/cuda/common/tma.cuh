@@ -1,4 +1,4 @@
-// The bulk tensor copy engine (PTX ISA, "Data Movement and Conversion Instructions: Tensor copy"). A coordinate outside
+// The Tensor Memory Accelerator, TMA (PTX ISA, "Data Movement and Conversion Instructions: Tensor copy"). A coordinate outside
 // the tensor reads as zero and is not written, so edges need no code.
 #pragma once
 
@@ -59,7 +59,7 @@ __device__ __forceinline__ void tma_store_wait_read() {
 }
 __device__ __forceinline__ void tma_store_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// Orders this thread's ordinary writes to shared memory before later reads by the copy engine or the tensor cores.
+// Orders this thread's ordinary writes to shared memory before later reads by TMA or the tensor cores.
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 }  // namespace marlin_qqq::cuda

@@ -24,9 +24,9 @@ __device__ __forceinline__ void keep_in_place(int32_t (&sums)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(sums[i])::"memory");
 }
 
-// Descriptor of a K-major B operand of rows of 128 bytes, swizzled by 128 bytes, at a 1024-byte aligned address: groups
-// of 8 rows lie 1024 bytes apart (stride byte offset); the leading offset is unused. Adding 32 bytes to the address
-// moves to the next 32 values of k. PTX ISA, "Matrix Descriptor Format".
+// Descriptor of a K-major B operand of rows of 128 bytes, swizzled by 128 bytes, at a multiple of 1024 bytes (of 128,
+// where it has no more than 8 rows): groups of 8 rows lie 1024 bytes apart (stride byte offset); the leading offset is
+// unused. Adding 32 bytes to the address moves to the next 32 values of k. PTX ISA, "Matrix Descriptor Format".
 __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   constexpr uint64_t kStride = uint64_t{1024 >> 4} << 32;

@@ -1,4 +1,4 @@
-// Feeding the Hopper kernel: rings of shared-memory stages of 128 inputs, which the copy engine fills with activations,
+// Feeding the Hopper kernel: rings of shared-memory stages of 128 inputs, which TMA fills with activations,
 // packed weights and group scales, and the order in which a block walks its tiles. See docs/kernel-sm90.md.
 #pragma once
 
@@ -77,7 +77,7 @@ __device__ __forceinline__ WorkTile work_tile(const Parameters& p, int work, boo
   const int slices = p.split * p.scratch_split;
   const int slice = scratch_rank * p.split + cluster_rank;
   // The last tile ends with the last token where there are enough: two tiles then give the same bits to the tokens that
-  // both hold. Tokens beyond the last cost the copy engine more than tokens.
+  // both hold. Tokens beyond the last cost TMA more than tokens.
   const int token = min(token_tile * tile_tokens, max(p.num_tokens - tile_tokens, 0));
   const int feature = feature_tile * tile_features;
   if (whole || slices == 1) return {token, feature, 0, p.stage_count, scratch_rank, false};

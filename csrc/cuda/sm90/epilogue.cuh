@@ -1,4 +1,4 @@
-// From exact int32 sums to output: tiles go from registers through shared memory to the copy engine, those that a
+// From exact int32 sums to output: tiles go from registers through shared memory to TMA, those that a
 // cluster shares after an exchange of sums (exchange.cuh); what the rings of a block add up to goes from shared memory.
 // No counter or lock exists.
 #pragma once
@@ -95,7 +95,7 @@ struct OutputChunk {
     return token_scales + 4 * 2 * (lane % 4);
   }
 
-  // Of the first octet, in a staging buffer: [panels of 64 features][tokens][64], swizzled as the copy engine reads it.
+  // Of the first octet, in a staging buffer: [panels of 64 features][tokens][64], swizzled as TMA reads it.
   static __device__ __forceinline__ uint32_t staging_offset(int j, int b, int warp, int lane) {
     const int row = lane / 4;
     const int column = chunk_feature<C::kBlocks>(warp, lane % 4) + 16 * j + 8 * b;
@@ -173,7 +173,7 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
                                            int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
   const int lane = thread % 32;
   constexpr int kBuffers = C::kStoreBuffers;
-  // Chunks that go to the copy engine together: each time, the threads wait for their writes to shared memory.
+  // Chunks that go to TMA together: each time, the threads wait for their writes to shared memory.
   constexpr int kGroup = kExchanged || kBuffers % 2 != 0 ? 1 : 2;
   constexpr int kGroups = kBuffers / kGroup;
   const bool leader = thread % 128 == 0;
@@ -230,7 +230,7 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
       if (chunk + 2 < C::kChunks) output.load_scales(chunk + 2, token_scales, lane);
     }
     if (place % kGroup != kGroup - 1 && chunk + 1 < C::kChunks) continue;
-    // The first warp hands the group to the copy engine when all have written it; the others go on.
+    // The first warp hands the group to TMA when all have written it; the others go on.
     async_proxy_fence();
     const int written = kChunksWritten + warpgroup * kGroups + place / kGroup % kGroups;
     if (warp == 0) {
@@ -321,8 +321,8 @@ __device__ __forceinline__ void add_sums_of_ring(uint32_t tile_sums, int warp, i
 
 // Adds the partial sums of a block's rings, and those of the cluster's blocks that share the tile. Each block finishes
 // a share of the tokens, or leaves it to the reduction kernel (whole tiles of one block each then); it sends the others
-// what it has of theirs, its rings added up. Called by the threads that multiply, after every block of the cluster has
-// stored its sums. A thread keeps to its four features and walks over tokens.
+// what it has of theirs, its rings added up. Called by the threads that multiply, when the block's sums lie in shared
+// memory and the cluster's blocks are done with their stages. A thread keeps to its four features and walks over tokens.
 template <class C>
 __device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t shared, const WorkTile& tile,
                                             const ColumnFactors& factors, int block_rank, int thread) {

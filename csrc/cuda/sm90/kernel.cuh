@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
   }
 
   // Tiles: a block walks over whole ones in rounds. What is left for the last round may be split over the cluster; a
-  // tile that is split over a cluster or over the rings of a block is the block's last one, because the partial sums
-  // take the place of the stages.
+  // tile that is split over a cluster or over the rings of a block is the block's last one: partial sums may take
+  // the place of the stages.
   const int cluster = static_cast<int>(blockIdx.x) / cluster_size;
   const int round = static_cast<int>(gridDim.x) / p.multicast;
   const auto tile_walk = [&] {

@@ -14,7 +14,7 @@ struct WarpTokens {
   static constexpr int kOctets = C::kTokens / 8;
   uint32_t b[kOctets][4];
 
-  // `address`: this lane's row of the stage, whose 16-byte pieces are swizzled as the copy engine wrote them; a lane
+  // `address`: this lane's row of the stage, whose 16-byte pieces are swizzled as TMA wrote them; a lane
   // gives the address of piece lane / 8 of the four that one load_matrix fetches.
   __device__ __forceinline__ void load(uint32_t address, int step, uint32_t piece, uint32_t token_row) {
 #pragma unroll
