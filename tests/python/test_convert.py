@@ -293,3 +293,24 @@ def test_weight_that_is_not_finite(source: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj: weight holds 32768 NaN"):
         convert(source, tmp_path / "q")
     assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("side_file", ["quant_config.json", "quantize_config.json"])
+@pytest.mark.parametrize("fields", [{"wbits": 4, "group_size": 128}, {"format": "QQQ", "bits": 4, "group_size": 128}])
+def test_older_qqq_folders_are_rewritten(source: Path, tmp_path: Path, side_file: str, fields: dict) -> None:
+    """What docs/transformers.md advises: the settings move from a side file into config.json, the tensors stay."""
+    convert(source, tmp_path / "old", group_size=128)
+    expected = json.loads((tmp_path / "old" / "config.json").read_text())["quantization_config"]
+    rewrite_config(tmp_path / "old", quantization_config=None)
+    (tmp_path / "old" / side_file).write_text(json.dumps(fields | {"modules_to_not_convert": ["lm_head"]}))
+    convert(tmp_path / "old", tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["quantization_config"] == expected
+    assert not (tmp_path / "new" / side_file).exists()
+    old, new = (tmp_path / name / "model.safetensors" for name in ("old", "new"))
+    assert old.read_bytes() == new.read_bytes()
+
+
+def test_another_method_in_a_side_file_is_named(source: Path) -> None:
+    (source / "quant_config.json").write_text(json.dumps({"w_bit": 4, "q_group_size": 128, "version": "GEMM"}))
+    with pytest.raises(CheckpointError, match=r"quant_config\.json: quantised with None; convertible: unquantised"):
+        plan(source)

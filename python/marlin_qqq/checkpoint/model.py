@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,10 +130,15 @@ def load_quantized_model(
         output_loading_info=True,
     )
     model, report = loaded
-    missing = sorted(report["missing_keys"])
+    refuse_missing(folder, report["missing_keys"])
+    return model.to(device).eval()
+
+
+def refuse_missing(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Refuses a folder in which Transformers did not find all of the model's tensors."""
+    missing = sorted(names)
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} tensors of the model, such as {missing[0]}")
-    return model.to(device).eval()
 
 
 def _config_dict(model: Any, config: Any, source: str | os.PathLike[str] | None) -> dict[str, Any]:

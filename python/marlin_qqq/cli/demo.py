@@ -193,14 +193,11 @@ def read_source(
 
 
 def _refuse_quantized(folder: Path) -> None:
-    from marlin_qqq.checkpoint import read_json_object
-    from marlin_qqq.checkpoint.config import SIDE_FILES
+    from marlin_qqq.checkpoint.config import find_quantization_config
 
     if not (folder / "config.json").is_file():
         raise CliError(f"{folder} has no config.json: it is no Hugging Face model folder")
-    if read_json_object(folder / "config.json").get("quantization_config") or any(
-        (folder / name).exists() for name in SIDE_FILES
-    ):
+    if find_quantization_config(folder) is not None:
         raise CliError(f"{folder} is quantised already; the demo starts from an fp16, bf16 or fp32 model")
 
 
