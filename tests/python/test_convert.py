@@ -104,6 +104,22 @@ def test_dtypes(tmp_path: Path, stored: torch.dtype, wanted: str, expected: torc
     assert load_quantized_model(tmp_path / "q").dtype == expected
 
 
+def test_rotary_frequencies_keep_their_dtype(tmp_path: Path) -> None:
+    """Some folders store them; in 16 bits every position would be shifted."""
+    save_float_folder(tmp_path / "float", dtype=torch.float32)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    frequencies = 10000.0 ** (-torch.arange(0, 1, 1 / 16))
+    assert not torch.equal(frequencies.half().float(), frequencies)
+    positions = torch.arange(4)
+    rewrite_tensors(tmp_path / "float", {name: frequencies, "model.position_ids": positions})
+    convert(tmp_path / "float", tmp_path / "q", clip=False)
+    written = TensorFolder(tmp_path / "q")
+    assert written.read("model.norm.weight").dtype == torch.float16
+    for tensor, expected in ((name, frequencies), ("model.position_ids", positions)):
+        assert written.read(tensor).dtype == expected.dtype
+        assert torch.equal(written.read(tensor), expected)
+
+
 def test_value_beyond_float16_is_refused(tmp_path: Path) -> None:
     save_float_folder(tmp_path / "float", dtype=torch.float32)
     rewrite_tensors(tmp_path / "float", {"model.norm.weight": torch.full((128,), 1e6)})
@@ -195,6 +211,38 @@ def test_unfinished_conversion_with_other_options(source: Path, tmp_path: Path) 
         convert(source, tmp_path / "q", group_size=-1, max_shard_bytes=60_000)
     convert(source, tmp_path / "q", group_size=-1, max_shard_bytes=60_000, restart=True)
     assert Checkpoint(tmp_path / "q").settings.group_size == -1
+
+
+def test_unfinished_conversion_of_another_source(source: Path, tmp_path: Path) -> None:
+    """Half of the old weights and half of the new ones would be no model."""
+    options = {"group_size": 128, "max_shard_bytes": 60_000}
+    with pytest.raises(Interrupted):
+        convert(source, tmp_path / "q", progress=interrupt_after(5), **options)
+    rewrite_tensors(source, {"model.layers.1.mlp.down_proj.weight": torch.ones(128, 256).half()})
+    with pytest.raises(CheckpointError, match="another source"):
+        convert(source, tmp_path / "q", **options)
+
+
+@pytest.mark.parametrize("same_text", [True, False])
+def test_unfinished_conversion_with_another_calibration_file(
+    source: Path, tmp_path: Path, text: Path, same_text: bool
+) -> None:
+    """What the file holds counts, not where it is."""
+    options = {"group_size": 128, "max_shard_bytes": 60_000} | gptq_options(text)
+    with pytest.raises(Interrupted):
+        convert(source, tmp_path / "q", progress=interrupt_after(15), **options)
+    (tmp_path / "copy.txt").write_text(TEXT if same_text else TEXT.swapcase())
+    fingerprints = [
+        plan_conversion(source, tmp_path / "q", ConversionOptions(**options | {"calibration": file})).fingerprint()
+        for file in (text, tmp_path / "copy.txt")
+    ]
+    assert (fingerprints[0] == fingerprints[1]) == same_text
+    calibration = {"calibration": tmp_path / "copy.txt"}
+    if same_text:
+        convert(source, tmp_path / "q", **options | calibration)
+        return
+    with pytest.raises(CheckpointError, match="other options"):
+        convert(source, tmp_path / "q", **options | calibration)
 
 
 def test_two_processes_do_not_write_one_folder(source: Path, tmp_path: Path) -> None:
