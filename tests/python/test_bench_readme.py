@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from repository import ROOT, load_script
 
 from marlin_qqq.bench.presets import REFERENCE_SHAPES
 from marlin_qqq.bench.problem import Ceilings, GemmProblem
 from marlin_qqq.bench.results import OURS, Measurement, Run, load_run
 
-ROOT = Path(__file__).resolve().parents[2]
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 CEILINGS = Ceilings(4600.0, "", 1910.0, "")
 
 
-def load_script(name: str) -> ModuleType:
-    path = ROOT / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-goals = load_script("goals")
+goals = load_script("benchmarks/goals.py")
 
 
 def make_run(factors: dict[tuple[str, int | None], float], method: str = "graph") -> Run:
@@ -105,7 +92,7 @@ def repository(tmp_path: Path) -> Path:
 
 def test_texts_and_figures_are_regenerated_from_the_newest_run(repository):
     pytest.importorskip("matplotlib")
-    update = load_script("update_readme")
+    update = load_script("benchmarks/update_readme.py")
     arguments = ["--root", str(repository)]
     run = make_run(FACTORS)
     run.measurements = [m for m in run.measurements if m.num_tokens in (1, 16, 64) and m.label == "4096x4096"]
@@ -128,20 +115,20 @@ def test_texts_and_figures_are_regenerated_from_the_newest_run(repository):
 
 
 def test_without_results_the_texts_say_not_measured(repository):
-    update = load_script("update_readme")
+    update = load_script("benchmarks/update_readme.py")
     assert update.main(["--root", str(repository)]) == 0
     assert (repository / "docs/benchmark.md").read_text().count("Not measured yet.") == 3
 
 
 def test_a_missing_marker_is_an_error_that_names_it(repository):
-    update = load_script("update_readme")
+    update = load_script("benchmarks/update_readme.py")
     (repository / "README.md").write_text("no markers")
     with pytest.raises(ValueError, match=r"README\.md must hold the markers <!-- benchmark:headline:begin -->"):
         update.main(["--root", str(repository)])
 
 
 def test_the_repositorys_texts_are_what_its_saved_runs_give():
-    assert load_script("update_readme").main(["--check"]) == 0
+    assert load_script("benchmarks/update_readme.py").main(["--check"]) == 0
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.name)

@@ -20,6 +20,7 @@ from marlin_qqq.convert import convert
 from marlin_qqq.integrations.transformers import QQQConfig, QQQQuantizer, replace_linear_layers
 from marlin_qqq.quantization import quantize_weight
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.arange(24)[None] * 7 % VOCABULARY
 # Token 0 is in TOKENS; without a mask generate would take it for padding.
 GREEDY = {
@@ -33,13 +34,8 @@ LAYER = "model.layers.0.mlp.up_proj"
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """The models are so small that a second thread costs more than it brings."""
+def enabled() -> None:
     enable_transformers()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

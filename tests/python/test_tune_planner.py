@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import numpy
 import pytest
+from repository import ROOT, load_script
 
 import marlin_qqq
 from marlin_qqq.bench import tune
@@ -18,22 +16,12 @@ from marlin_qqq.bench.runner import Settings
 
 introspection = pytest.importorskip("marlin_qqq._introspection", reason="built without Python.h")
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-HEADER = BENCHMARKS.parent / "csrc" / "plan" / "sm90_model.h"
+HEADER = ROOT / "csrc" / "plan" / "sm90_model.h"
 DEVICE = introspection.reference_device("sm_90")
 
 
-def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-planner_fit = load_script("planner_fit")
-tune_planner = load_script("tune_planner")
+planner_fit = load_script("benchmarks/planner_fit.py")
+tune_planner = load_script("benchmarks/tune_planner.py")
 
 
 def listed(
