@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 from repository import ROOT, load_script
 
-from marlin_qqq.bench.presets import REFERENCE_SHAPES
+from marlin_qqq.bench.presets import REFERENCE_SHAPES, parse_integers
 from marlin_qqq.bench.problem import Ceilings, GemmProblem
 from marlin_qqq.bench.results import OURS, Measurement, Run, load_run
 
@@ -136,3 +138,20 @@ def test_saved_results_can_be_read_and_hold_nothing_wrong(path):
     run = load_run(path)
     assert run.measurements and run.num_wrong == 0
     assert run.environment["command"] and "commit" in run.environment
+
+
+def test_the_documented_command_makes_the_saved_run():
+    """docs/benchmark.md names it without options: the defaults are what the saved run was made with."""
+    document = (ROOT / "docs" / "benchmark.md").read_text()
+    (documented,) = re.findall(r"^    python benchmarks/run_hopper\.py (.*?) +#", document, re.MULTILINE)
+    saved = load_run(ROOT / "benchmarks" / "results" / "hopper.json")
+    run_hopper = load_script("benchmarks/run_hopper.py")
+    by_document, by_run = (
+        vars(run_hopper.parse_arguments(shlex.split(words)))
+        for words in (documented, saved.environment["command"].partition(" ")[2])
+    )
+    assert ROOT / by_document.pop("json") == ROOT / "benchmarks" / "results" / by_run.pop("json")
+    assert by_document == by_run
+    assert saved.settings["replays"] == by_document["replays"]
+    gemm = {m.num_tokens for m in saved.measurements if (m.operation, m.method) == ("gemm", "graph")}
+    assert gemm == set(parse_integers(by_document["num_tokens"]))
