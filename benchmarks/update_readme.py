@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from goals import judge
 
+from marlin_qqq._files import write_text_atomically
 from marlin_qqq.bench.environment import describe_device
-from marlin_qqq.bench.results import OURS, Measurement, Run, load_run, write_text_atomically
+from marlin_qqq.bench.results import OURS, Measurement, Run, load_run
 
 HEADLINE_SHAPES = ((8192, 21760), (28672, 4096), (4096, 4096))
 HEADLINE_TOKENS = (1, 16, 64, 256, 1024, 4096)

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marlin_qqq.bench import environment, presets
+from marlin_qqq import packing
+from marlin_qqq._files import write_text_atomically
+from marlin_qqq.bench import environment, presets, problem
 from marlin_qqq.bench.compare import compare_runs
 from marlin_qqq.bench.problem import Ceilings, GemmProblem, quantize_bytes
-from marlin_qqq.bench.results import SCHEMA_VERSION, Measurement, Run, load_run, write_text_atomically
+from marlin_qqq.bench.results import SCHEMA_VERSION, Measurement, Run, load_run
 from marlin_qqq.bench.sweep import cliffs_of_run, find_cliffs
 from marlin_qqq.bench.tables import find_baseline, speed_up
 from marlin_qqq.bench.timing import num_copies, num_launches, summarise
@@ -97,6 +99,13 @@ def test_integer_lists(text, values):
 def test_refused_integer_lists(text):
     with pytest.raises(ValueError):
         presets.parse_integers(text)
+
+
+def test_the_formats_numbers_are_packings():
+    """bench has its own, so as not to load torch for a shape."""
+    assert (problem.GROUP_128, problem.PER_CHANNEL) == (packing.GROUP_SIZE, packing.PER_CHANNEL)
+    assert presets.OUT_FEATURES_MULTIPLE == packing.OUT_FEATURES_MULTIPLE
+    assert presets.IN_FEATURES_MULTIPLE == packing.IN_FEATURES_MULTIPLE
 
 
 # Problems and floors
@@ -186,11 +195,14 @@ def test_a_run_survives_saving(tmp_path):
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
     write_text_atomically(path, "old")
-    monkeypatch.setattr("marlin_qqq.bench.results.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("marlin_qqq._files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_text_atomically(path, "new")
     assert path.read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 1
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert path.stat().st_mode == plain.stat().st_mode, "as readable as any file of the user's"
 
 
 @pytest.mark.parametrize(

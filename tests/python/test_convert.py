@@ -14,6 +14,7 @@ import torch
 from folders import FAMILIES, VOCABULARY, rewrite_config, rewrite_tensors, save_float_folder
 
 from marlin_qqq import quantize_model
+from marlin_qqq._files import atomic_write
 from marlin_qqq.checkpoint import Checkpoint, CheckpointError, TensorFolder, load_quantized_model
 from marlin_qqq.checkpoint.writer import partial_directory
 from marlin_qqq.convert import ConversionOptions, ConversionPlan, convert, plan_conversion, run_conversion
@@ -197,7 +198,12 @@ def test_resumes_to_equal_bytes(source: Path, tmp_path: Path, text: Path, method
     with pytest.raises(Interrupted):
         convert(source, tmp_path / "q", progress=interrupt_after(pieces), **options)
     assert not (tmp_path / "q").exists()
-    (partial_directory(tmp_path / "q") / "model-00002-of-00007.safetensors.tmp").write_bytes(b"half a file")
+    with pytest.raises(Interrupted), atomic_write(partial_directory(tmp_path / "q") / "model.safetensors") as half:
+        half.write_bytes(b"half a file")
+        leftover = half.with_name("2" + half.name)
+        shutil.copy(half, leftover)  # as a process that is killed leaves it
+        raise Interrupted
+    assert leftover.exists() and not half.exists()
     result = convert(source, tmp_path / "q", **options)
     assert (result.resumed_shards > 0) == (pieces == 15)
     assert files_of(tmp_path / "q") == files_of(tmp_path / "whole")

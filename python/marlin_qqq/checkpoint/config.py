@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from marlin_qqq.checkpoint.errors import CheckpointError
+from marlin_qqq.packing import GROUP_SIZE, PER_CHANNEL
 from marlin_qqq.quantization.model import is_skipped
 
 QUANT_METHOD = "qqq"
-SUPPORTED_GROUP_SIZES = (128, -1)
+SUPPORTED_GROUP_SIZES = (GROUP_SIZE, PER_CHANNEL)
 # Where the settings may live, in the order in which they are looked up (vLLM and GPTQModel used the last two).
 SIDE_FILES = ("quant_config.json", "quantize_config.json")
 # A config of a real model is a few KiB; an index of the largest ones about 10 MiB.

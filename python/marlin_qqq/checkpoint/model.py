@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from marlin_qqq._files import write_json_atomically
 from marlin_qqq.checkpoint.config import QuantizationSettings, read_json_object
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.reader import GROUP_SCALE, Checkpoint, find_quantized_modules, natural_key
@@ -23,7 +24,6 @@ from marlin_qqq.checkpoint.writer import (
     publish,
     refuse_existing,
     write_index,
-    write_json,
     write_tensors,
 )
 
@@ -84,7 +84,9 @@ def write_checkpoint(
     write_index(partial, shards)
     if source is not None:
         copy_side_files(Path(source), partial)
-    write_json(partial / "config.json", model_config(source_config, None, settings.to_dict()))
+    write_json_atomically(
+        partial / "config.json", model_config(source_config, None, settings.to_dict()), sort_keys=True
+    )
     publish(partial, target)
     return target
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from marlin_qqq.checkpoint.config import find_quantization_config, read_json_object
+from marlin_qqq.checkpoint.config import SUPPORTED_GROUP_SIZES, find_quantization_config, read_json_object
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.reader import Checkpoint, natural_key
 from marlin_qqq.checkpoint.tensors import TensorFolder
@@ -133,7 +133,7 @@ def _gptq_source(
     directory: Path, config: dict[str, Any], folder: TensorFolder, quantization: dict[str, Any], skip: tuple[str, ...]
 ) -> Source:
     bits, group_size = quantization.get("bits"), quantization.get("group_size")
-    if bits != 4 or group_size not in (128, -1):
+    if bits != 4 or group_size not in SUPPORTED_GROUP_SIZES:
         raise CheckpointError(
             f"{directory}: GPTQ with {bits} bits, group_size {group_size}; 4 bits, 128 or -1 are convertible"
         )
