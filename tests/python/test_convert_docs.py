@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from marlin_qqq.cli.app import app
 
 # Set-up that every test environment has been through already.
-DONE_BEFORE = ('pip install "marlin-qqq[transformers]"',)
+DONE_BEFORE = ('pip install ".[transformers]"',)
 
 
 @pytest.mark.usefixtures("one_thread")

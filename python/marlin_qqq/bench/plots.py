@@ -17,7 +17,7 @@ from marlin_qqq.bench.tables import baselines_of, find_baseline, mode_name, shap
 try:
     import matplotlib
 except ImportError as error:
-    raise ImportError("plots need matplotlib: pip install 'marlin-qqq[bench]' or pip install matplotlib") from error
+    raise ImportError("plots need matplotlib: pip install matplotlib") from error
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

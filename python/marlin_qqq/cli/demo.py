@@ -166,7 +166,8 @@ def read_source(
         import transformers
     except ImportError as error:
         raise CliError(
-            f"the demo needs Transformers ({error}); install it with: pip install 'marlin-qqq[transformers]'"
+            f"the demo needs Transformers ({error}); in a clone: pip install '.[transformers]', elsewhere: "
+            "pip install 'transformers>=5' tokenizers"
         ) from error
     from marlin_qqq.model_folder import load_model, load_tokenizer, read_tokens
 

@@ -184,7 +184,8 @@ def build_empty_model(config: Mapping[str, Any], directory: Path) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise CheckpointError(
-            "transformers is needed to know a model's layers: pip install marlin-qqq[transformers]"
+            "transformers is needed to know a model's layers; in a clone: pip install '.[transformers]', elsewhere: "
+            "pip install 'transformers>=5' tokenizers"
         ) from error
     model_type = config.get("model_type")
     try:
