@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -329,6 +330,12 @@ def test_sources_that_are_refused(source: Path, tmp_path: Path) -> None:
         plan(source)
     (source / "config.json").unlink()
     with pytest.raises(CheckpointError, match="missing"):
+        plan(source)
+
+
+def test_without_transformers_the_sentence_says_what_to_install(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(CheckpointError, match=r"in a clone: pip install '\.\[transformers\]', elsewhere: pip install"):
         plan(source)
 
 

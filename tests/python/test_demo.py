@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -206,6 +207,13 @@ def test_demo_model_on_a_gpu() -> None:
     assert 0.8 < original / facts["held_out_perplexity"] < 1.25
     for value in quantized:
         assert 1.0 < value / original < 1.08
+
+
+def test_without_transformers_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    result = invoke("--device", "cpu")
+    assert result.exit_code == 1
+    assert "in a clone: pip install '.[transformers]', elsewhere: pip install" in result.stderr
 
 
 # The text that it was trained on
