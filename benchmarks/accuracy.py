@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from marlin_qqq._files import write_json_atomically, write_text_atomically
 from marlin_qqq.convert import convert
 from marlin_qqq.evaluation import measure_perplexity
 from marlin_qqq.model_folder import load_model, load_tokenizer, read_tokens
@@ -58,11 +59,10 @@ def main(words: list[str] | None = None) -> None:
         calibration = arguments.calibration or _standard_library_text(arguments.model, Path(scratch))
         report = measure(arguments, calibration, Path(scratch))
     table = as_markdown(report)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    _write(arguments.output.with_name(arguments.output.name + ".json"), json.dumps(report, indent=2) + "\n")
-    _write(arguments.output.with_name(arguments.output.name + ".md"), table)
+    write_json_atomically(arguments.output.with_name(arguments.output.name + ".json"), report)
+    write_text_atomically(arguments.output.with_name(arguments.output.name + ".md"), table)
     if arguments.document is not None:
-        _write(arguments.document, fill(arguments.document.read_text(encoding="utf-8"), table))
+        write_text_atomically(arguments.document, fill(arguments.document.read_text(encoding="utf-8"), table))
     print(table)
 
 
@@ -151,12 +151,6 @@ def fill(document: str, table: str) -> str:
     """The document with the table between its marks."""
     start, end = document.index(BEGIN) + len(BEGIN), document.index(END)
     return f"{document[:start]}\n{table}{document[end:]}"
-
-
-def _write(file: Path, content: str) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(content, encoding="utf-8")
-    temporary.replace(file)
 
 
 def _standard_library_text(model: Path, scratch: Path) -> Path:

@@ -11,7 +11,6 @@ a warm-up. Random weights generate nonsense at the speed of real ones.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from marlin_qqq import quantize_model
+from marlin_qqq._files import write_json_atomically
 from marlin_qqq.model_folder import load_model
 
 # Published configurations; vocabulary and context do not matter here.
@@ -80,10 +80,7 @@ def main(words: list[str] | None = None) -> None:
         "runs": runs,
     }
     if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = arguments.output.with_name(arguments.output.name + ".tmp")
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
-        temporary.replace(arguments.output)
+        write_json_atomically(arguments.output, report)
     print(as_markdown(report))
 
 

@@ -16,6 +16,7 @@ import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,17 +24,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from goals import judge, time_of
 
+from marlin_qqq._files import write_text_atomically
 from marlin_qqq.bench.implementations import gemm_implementations
 from marlin_qqq.bench.implementations.layers import MarlinLinear
 from marlin_qqq.bench.implementations.marlin import MarlinGemm
 from marlin_qqq.bench.implementations.quantize import quantize_implementations
 from marlin_qqq.bench.presets import REFERENCE_SHAPES, Layer, parse_integers, parse_shape
-from marlin_qqq.bench.results import OURS, Measurement, Run, write_text_atomically
+from marlin_qqq.bench.results import OURS, Measurement, Run
 from marlin_qqq.bench.runner import Runner, Settings, check_device
 from marlin_qqq.bench.tables import footnotes
 
 GROUPS = (-1, 128)
-TOKENS = "1,4,8,16,17,24,32,33,48,64,65,96,128,129,192,193,256,257,384,512,1024,2048,4096"
+TOKENS = "1,16,17,32,33,64,65,96,128,129,192,193,256,257,320,384,512,1024,4096,8192"
 SUSTAINED_TOKENS = (1024, 4096)
 EXTRA_TOKENS = (1, 64, 256, 1024)
 QUANTIZE_SIZES = ((1, 4096), (16, 4096), (64, 8192), (256, 28672), (1024, 4096), (4096, 8192), (16384, 8192))
@@ -57,20 +59,20 @@ SHORT_COLUMNS = (
 )
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--json", type=Path, default=Path("benchmarks/results/hopper.json"), help="where to save the run"
     )
-    parser.add_argument("--budget", type=float, default=225.0, help="seconds after which no new problem is started")
+    parser.add_argument("--budget", type=float, default=215.0, help="seconds after which no new problem is started")
     parser.add_argument("--shapes", default=",".join(shape.name for shape in REFERENCE_SHAPES), help="NxK,NxK,...")
     parser.add_argument("--num-tokens", default=TOKENS, help="batch sizes of the main part")
     parser.add_argument("--variants", default="default,constant,sm80", help="variants of our op in the main part")
     parser.add_argument("--baselines", default="read,chain,humming,fp8,fp16,int_mm")
-    parser.add_argument("--replays", type=int, default=11)
+    parser.add_argument("--replays", type=int, default=7)
     parser.add_argument("--parts", default="quantize,gemm,sustained,extras,linear", help="which parts to run")
     parser.add_argument("--device", default="cuda", help="cuda; cpu only tries the script out")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 class Session:

@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from goals import judge
 
+from marlin_qqq._files import write_text_atomically
 from marlin_qqq.bench.environment import describe_device
-from marlin_qqq.bench.results import OURS, Measurement, Run, load_run, write_text_atomically
+from marlin_qqq.bench.results import OURS, Measurement, Run, load_run
 
 HEADLINE_SHAPES = ((8192, 21760), (28672, 4096), (4096, 4096))
 HEADLINE_TOKENS = (1, 16, 64, 256, 1024, 4096)
@@ -170,8 +171,12 @@ def readme_text(path: Path, run: Run) -> str:
     return f"""\
 ![Latency against the number of tokens](benchmarks/plots/readme_latency.png)
 
-Microseconds a call of the product alone; in brackets with constant weights, as the linear layer calls it. "x" is how
-many times as fast the plain call is as that peer. {provenance(path, run)}
+Microseconds a call of the product alone: M tokens, K inputs, N outputs. In brackets with constant weights, as the
+linear layer calls it: the promise that no earlier work on the GPU changes them, so that a kernel may fetch them while
+the one before it ends. The floor is what the GPU needs at least to read the bytes or to multiply, whichever is more.
+"x" is how many times as fast the plain call is as that peer: Humming (`humming-kernels`) has 4-bit weights and int8
+activations, too; fp8 (`torch._scaled_mm`) and fp16 (`torch.mm`) read weights twice and four times as large.
+{provenance(path, run)}
 
 {headline_table(run)}
 """

@@ -7,6 +7,7 @@ The instruction names every accumulator register, so the wrappers cannot be a lo
 
 from pathlib import Path
 
+TARGET = Path(__file__).resolve().parent.parent / "csrc/cuda/common/wgmma_int8.cuh"
 # N of integer wgmma, PTX ISA "Asynchronous Warpgroup Level Matrix Shape": 8, 16, 24, 32, then steps of 16.
 TOKEN_COUNTS = (8, 16, 24, *range(32, 257, 16))
 
@@ -52,13 +53,15 @@ struct WgmmaInt8<{tokens}> {{
 """
 
 
+def generated() -> str:
+    """The whole file."""
+    return HEADER + "".join(wrapper(tokens) for tokens in TOKEN_COUNTS) + "\n}  // namespace marlin_qqq::cuda\n"
+
+
 def main() -> None:
-    target = Path(__file__).resolve().parent.parent / "csrc/cuda/common/wgmma_int8.cuh"
-    body = "".join(wrapper(tokens) for tokens in TOKEN_COUNTS)
-    text = HEADER.replace("N/2", "N / 2") + body + "\n}  // namespace marlin_qqq::cuda\n"
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(target)
+    temporary = TARGET.with_suffix(".tmp")
+    temporary.write_text(generated())
+    temporary.replace(TARGET)
 
 
 if __name__ == "__main__":

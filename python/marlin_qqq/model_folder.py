@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from marlin_qqq.checkpoint import CheckpointError, TensorFolder, load_quantized_model, read_json_object
-from marlin_qqq.checkpoint.config import QUANT_METHOD, SIDE_FILES
+from marlin_qqq.checkpoint.config import find_quantization_config
+from marlin_qqq.checkpoint.model import refuse_missing
 
 
 def load_model(directory: str | os.PathLike[str], device: str = "cpu", dtype: torch.dtype | str = "auto") -> Any:
@@ -24,27 +25,30 @@ def load_model(directory: str | os.PathLike[str], device: str = "cpu", dtype: to
         'llama'
     """
     folder = Path(directory)
-    config = read_json_object(folder / "config.json")
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        side = next((folder / name for name in SIDE_FILES if (folder / name).exists()), None)
-        quantization = read_json_object(side) if side is not None else None
-    if isinstance(quantization, dict) and QUANT_METHOD in (
-        quantization.get("quant_method"),
-        quantization.get("method"),
-        quantization.get("checkpoint_format"),
-        QUANT_METHOD if "wbits" in quantization else None,
-    ):
+    found = find_quantization_config(folder)
+    if found is not None and found.is_qqq:
         return load_quantized_model(folder, device=device, dtype=dtype)
-    TensorFolder(folder)  # refuses pickles and damaged files with a sentence
+    read_json_object(folder / "config.json")  # refuses a missing or damaged one with a sentence,
+    TensorFolder(folder)  # and pickles and damaged files
     from transformers import AutoModelForCausalLM
 
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            os.fspath(folder), dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            os.fspath(folder),
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
         )
     except (ValueError, ImportError, KeyError) as error:
         raise CheckpointError(f"{folder}: Transformers cannot load this model: {error}") from error
+    model, report = loaded
+    # Transformers fills what it did not load with random numbers, and only warns.
+    for name, stored, needed in sorted(report["mismatched_keys"]):
+        raise CheckpointError(f"{name} of {folder} has shape {list(stored)}; {list(needed)} is needed")
+    refuse_missing(folder, report["missing_keys"])
     return model.to(device).eval()
 
 

@@ -93,6 +93,16 @@ def int8_weight(codes: Tensor, group_scale: Tensor | None) -> Tensor:
     return (torch.round(product).long() + 128) % 256 - 128
 
 
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two outputs or scales are equal to the bit. torch.equal takes -0 for +0."""
+    return one.dtype == other.dtype and torch.equal(bits(one), bits(other))
+
+
+def bits(value: Tensor) -> Tensor:
+    """A floating-point tensor as the integers of its bits."""
+    return value.view({2: torch.int16, 4: torch.int32}[value.element_size()])
+
+
 def gemm(problem: Problem, bias: Tensor | None = None, out_dtype: torch.dtype = torch.float16) -> Tensor:
     """The product and its epilogue: [M, N] of out_dtype."""
     accumulator = problem.a.long() @ int8_weight(problem.codes, problem.group_scale)
@@ -120,7 +130,10 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 def random_problem(
     num_tokens: int, out_features: int, in_features: int, group_size: int, seed: int = 0, extreme: bool = False
 ) -> Problem:
-    """Random tensors in the format's range. `extreme`: the largest magnitudes everywhere, the sum's worst case."""
+    """Random tensors in the format's range. `extreme`: the largest magnitudes everywhere, the sum's worst case.
+
+    Scales have both signs, and some are zero: what follows is a product with a sign, whose zeros have one too.
+    """
     g = torch.Generator().manual_seed(seed)
     grouped = group_size == GROUP
     a = torch.randint(-128, 128, (num_tokens, in_features), generator=g, dtype=torch.int8)
@@ -138,6 +151,8 @@ def random_problem(
             group_scale = torch.full_like(group_scale, 15.875)
     channel_scale = torch.rand(out_features, generator=g) * 1e-3 + 1e-6
     s_tok = torch.rand(num_tokens, 1, generator=g) * 1e-2 + 1e-6
+    channel_scale = channel_scale * _random_signs(out_features, g)
+    s_tok = s_tok * _random_signs(num_tokens, g)[:, None]
     return Problem(
         a=a,
         s_tok=s_tok,
@@ -149,3 +164,11 @@ def random_problem(
         s_group=store(group_scale, stored_group_column(out_features)) if grouped else torch.empty(0, dtype=torch.half),
         workspace=torch.zeros(out_features // 64 * 16, dtype=torch.int32),
     )
+
+
+def _random_signs(count: int, generator: torch.Generator) -> Tensor:
+    """1, with -1 and both zeros here and there; the first is not zero, so that there is something to compare."""
+    choices = torch.tensor([1.0] * 11 + [-1.0] * 3 + [0.0, -0.0])
+    drawn = choices[torch.randint(len(choices), (count,), generator=generator)]
+    drawn[:1] = torch.where(drawn[:1] == 0, 1.0, drawn[:1])
+    return drawn

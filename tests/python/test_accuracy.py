@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 from folders import save_float_folder
-
-ROOT = Path(__file__).resolve().parents[2]
+from repository import ROOT, load_script
 
 
 @pytest.fixture(scope="module")
 def accuracy() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("accuracy", ROOT / "benchmarks" / "accuracy.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["accuracy"] = module
-    specification.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/accuracy.py")
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_every_variant_of_a_tiny_model(accuracy: ModuleType, tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     save_float_folder(tmp_path / "float")
     (tmp_path / "text.txt").write_text("a text to measure on, and one to calibrate with. " * 40)
     page = tmp_path / "page.md"
@@ -37,7 +27,6 @@ def test_every_variant_of_a_tiny_model(accuracy: ModuleType, tmp_path: Path) -> 
          "--output", str(tmp_path / "out" / "table"), "--window", "64", "--samples", "8", "--max-tokens", "500",
          "--document", str(page)]
     )  # fmt: skip
-    torch.set_num_threads(threads)
     report = json.loads((tmp_path / "out" / "table.json").read_text())
     assert [(row["method"], row["group_size"]) for row in report["rows"]] == [
         ("original", None),

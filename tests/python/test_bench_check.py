@@ -71,6 +71,26 @@ def test_sampled_bands_accept_the_op_and_say_what_they_are(group_size, monkeypat
     assert max(b - a for a, b in itertools.pairwise(rows)) < 2 * 300 / 32 + 1
 
 
+@pytest.mark.parametrize("band", ["rows", "first columns", "last columns"])
+def test_one_wrong_bit_in_any_band_is_wrong(band, monkeypatch):
+    """Each band alone finds a value that no other band holds."""
+    problem, activations, weights = make(300, 512, 256, 128)
+    monkeypatch.setitem(check.WHOLE_REFERENCE_OPERATIONS, "float64 formula", 300 * 512 * 256 - 1)
+    reference = check.gemm_reference(problem, activations, weights, torch.float16, None, "cpu")
+    rows, first, last = reference.bands
+    of_rows = set(rows.rows.tolist())
+    of_columns = {*range(512)[first.columns], *range(512)[last.columns]}
+    row = min(of_rows if band == "rows" else set(range(300)) - of_rows)
+    column = {
+        "rows": min(set(range(512)) - of_columns),
+        "first columns": first.columns.start + 5,
+        "last columns": last.columns.stop - 1,
+    }[band]
+    output = run_op(problem, activations, weights)
+    output.view(torch.int16)[row, column] ^= 1
+    assert reference.compare(output).startswith("WRONG: 1 of ")
+
+
 @pytest.mark.parametrize("group_size", [-1, 128])
 def test_the_gpu_runs_reference_is_the_cpu_op(group_size):
     problem, activations, weights = make(5, 192, 256, group_size)
@@ -111,6 +131,13 @@ def test_the_weights_copies_differ_and_stay_in_range():
     codes = marlin_qqq.unpack_weight(weights.packed[0], 128)
     scales = marlin_qqq.unpermute_group_scale(weights.group_scale[0]).float().repeat_interleave(128, dim=0)
     assert (codes.float() * scales).abs().max() <= 127.0
+    # A kernel that reads another group's or column's scale must give another result.
+    stored = weights.group_scale[0]
+    assert stored.shape == (2, 128)
+    assert (stored[0] != stored[1]).float().mean() > 0.9
+    assert all(len(row.unique()) > 100 for row in stored)
+    assert not torch.equal(stored, weights.group_scale[1])
+    assert len(weights.channel_scale[0].unique()) > 100
 
 
 def test_activations_are_quantised_as_the_op_quantises_them():

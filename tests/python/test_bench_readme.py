@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import re
+import shlex
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from repository import ROOT, load_script
 
-from marlin_qqq.bench.presets import REFERENCE_SHAPES
+from marlin_qqq.bench.presets import REFERENCE_SHAPES, parse_integers
 from marlin_qqq.bench.problem import Ceilings, GemmProblem
 from marlin_qqq.bench.results import OURS, Measurement, Run, load_run
 
-ROOT = Path(__file__).resolve().parents[2]
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 CEILINGS = Ceilings(4600.0, "", 1910.0, "")
 
 
-def load_script(name: str) -> ModuleType:
-    path = ROOT / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-goals = load_script("goals")
+goals = load_script("benchmarks/goals.py")
 
 
 def make_run(factors: dict[tuple[str, int | None], float], method: str = "graph") -> Run:
@@ -105,7 +94,7 @@ def repository(tmp_path: Path) -> Path:
 
 def test_texts_and_figures_are_regenerated_from_the_newest_run(repository):
     pytest.importorskip("matplotlib")
-    update = load_script("update_readme")
+    update = load_script("benchmarks/update_readme.py")
     arguments = ["--root", str(repository)]
     run = make_run(FACTORS)
     run.measurements = [m for m in run.measurements if m.num_tokens in (1, 16, 64) and m.label == "4096x4096"]
@@ -128,20 +117,20 @@ def test_texts_and_figures_are_regenerated_from_the_newest_run(repository):
 
 
 def test_without_results_the_texts_say_not_measured(repository):
-    update = load_script("update_readme")
+    update = load_script("benchmarks/update_readme.py")
     assert update.main(["--root", str(repository)]) == 0
     assert (repository / "docs/benchmark.md").read_text().count("Not measured yet.") == 3
 
 
 def test_a_missing_marker_is_an_error_that_names_it(repository):
-    update = load_script("update_readme")
+    update = load_script("benchmarks/update_readme.py")
     (repository / "README.md").write_text("no markers")
     with pytest.raises(ValueError, match=r"README\.md must hold the markers <!-- benchmark:headline:begin -->"):
         update.main(["--root", str(repository)])
 
 
 def test_the_repositorys_texts_are_what_its_saved_runs_give():
-    assert load_script("update_readme").main(["--check"]) == 0
+    assert load_script("benchmarks/update_readme.py").main(["--check"]) == 0
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.name)
@@ -149,3 +138,20 @@ def test_saved_results_can_be_read_and_hold_nothing_wrong(path):
     run = load_run(path)
     assert run.measurements and run.num_wrong == 0
     assert run.environment["command"] and "commit" in run.environment
+
+
+def test_the_documented_command_makes_the_saved_run():
+    """docs/benchmark.md names it without options: the defaults are what the saved run was made with."""
+    document = (ROOT / "docs" / "benchmark.md").read_text()
+    (documented,) = re.findall(r"^    python benchmarks/run_hopper\.py (.*?) +#", document, re.MULTILINE)
+    saved = load_run(ROOT / "benchmarks" / "results" / "hopper.json")
+    run_hopper = load_script("benchmarks/run_hopper.py")
+    by_document, by_run = (
+        vars(run_hopper.parse_arguments(shlex.split(words)))
+        for words in (documented, saved.environment["command"].partition(" ")[2])
+    )
+    assert ROOT / by_document.pop("json") == ROOT / "benchmarks" / "results" / by_run.pop("json")
+    assert by_document == by_run
+    assert saved.settings["replays"] == by_document["replays"]
+    gemm = {m.num_tokens for m in saved.measurements if (m.operation, m.method) == ("gemm", "graph")}
+    assert gemm == set(parse_integers(by_document["num_tokens"]))

@@ -7,19 +7,25 @@ import io
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
+from recording import RecordedCalls
 from typer.testing import CliRunner
 
+import marlin_qqq
 from marlin_qqq.bench import runner as runner_module
 from marlin_qqq.bench import timing
 from marlin_qqq.bench.implementations import gemm_implementations, parse_baselines
 from marlin_qqq.bench.implementations.base import Context, Implementation, Unavailable
-from marlin_qqq.bench.implementations.marlin import MarlinGemm, overridden_environment, parse_variant
+from marlin_qqq.bench.implementations.layers import DecoderLayer, MarlinLinear
+from marlin_qqq.bench.implementations.marlin import MarlinGemm, _plan_of, overridden_environment, parse_variant
 from marlin_qqq.bench.implementations.torch_baselines import ChainedRead, PlainRead
+from marlin_qqq.bench.inputs import make_activations
 from marlin_qqq.bench.presets import Layer
 from marlin_qqq.bench.problem import Ceilings, GemmProblem
 from marlin_qqq.bench.results import Run, load_run
@@ -179,6 +185,69 @@ def test_variants():
             parse_variant(text)
 
 
+def calls_of_op(implementation: MarlinGemm, name: str) -> list[dict]:
+    """What a launch of a bound implementation calls the op with."""
+    problem = GemmProblem(3, 64, 128)
+    context = Context("cpu", torch.float16, l2_bytes=0)
+    implementation.load(problem, context)
+    bound = implementation.bind(problem, make_activations(3, 128, torch.float16, "cpu", context.generator), context)
+    with RecordedCalls() as recorded:
+        bound.launch(1)
+    return recorded.of(name)
+
+
+def test_variants_reach_the_op():
+    (default,) = calls_of_op(MarlinGemm("default", 128), "marlin_qqq_gemm")
+    assert (default["constant_weights"], default["bias"], default["out_dtype"]) == (False, None, torch.float16)
+    (constant,) = calls_of_op(MarlinGemm("constant+bias+bf16", 128), "marlin_qqq_gemm")
+    assert (constant["constant_weights"], constant["out_dtype"]) == (True, torch.bfloat16)
+    assert (constant["bias"].dtype, constant["bias"].shape) == (torch.bfloat16, (64,))
+    (linear,) = calls_of_op(MarlinLinear(128), "marlin_qqq_linear")
+    assert linear["constant_weights"] is True
+
+
+@pytest.mark.parametrize(("variant", "constant_weights"), [("default", False), ("constant", True)])
+def test_the_plan_that_is_saved_is_the_launchs(monkeypatch, variant, constant_weights):
+    """With constant weights the planner may choose another tile."""
+    asked = []
+
+    def plan(*sizes, **options):
+        asked.append((sizes, options))
+        return "a plan"
+
+    monkeypatch.setattr(marlin_qqq, "plan", plan)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    context = SimpleNamespace(device="cuda:0")
+    assert _plan_of(GemmProblem(3, 64, 128, -1), parse_variant(variant), context) == {"plan": "a plan"}
+    assert asked == [((3, 64, 128, -1, "sm_90"), {"constant_weights": constant_weights})]
+
+
+@pytest.mark.parametrize("group_size", [-1, 128])
+def test_a_linear_layer_is_checked_to_the_bit(group_size):
+    problem = GemmProblem(3, 64, 256)
+    context = Context("cpu", torch.float16, l2_bytes=0)
+    activations = make_activations(3, 256, torch.float16, "cpu", context.generator)
+    bound = MarlinLinear(group_size).bind(problem, activations, context)
+    output = bound.launch(0)
+    assert bound.check(output).startswith("exact (")
+    output.view(torch.int16)[2, 63] ^= 1
+    assert bound.check(output).startswith("WRONG: 1 of 192 values differ")
+
+
+def test_every_linear_of_a_decoder_layer_is_checked():
+    layers = [Layer("a", 64, 128), Layer("b", 128, 256), Layer("c", 64, 128)]
+    context = Context("cpu", torch.float16, l2_bytes=0)
+    activations = make_activations(3, 128, torch.float16, "cpu", context.generator)
+    layer = DecoderLayer(layers, partial(MarlinLinear, 128))
+    bound = layer.bind(GemmProblem(3, 64, 128), activations, context)
+    for spoiled in range(3):
+        outputs = bound.launch(0)
+        assert [tuple(output.shape) for output in outputs] == [(3, 64), (3, 128), (3, 64)]
+        assert bound.check(outputs).startswith("exact (")
+        outputs[spoiled].view(torch.int16)[0, 0] ^= 1
+        assert bound.check(outputs).startswith("WRONG: 1 of ")
+
+
 def test_overridden_environment_is_put_back(monkeypatch):
     import os
 
@@ -260,6 +329,37 @@ def test_a_result_that_is_wrong_in_the_graph_has_no_speed(gpu_like, good_calls):
         assert measurement.wrong == (measurement.group_size == 128)
         assert (measurement.median_us is None) == measurement.wrong
     assert run.num_wrong >= 1
+
+
+class SpoiledOnce(MarlinGemm):
+    """Wrong in one launch of the graph alone, and right when that launch is made again outside it."""
+
+    def __init__(self, spoiled: int) -> None:
+        super().__init__("default", 128)
+        self.spoiled = spoiled
+
+    def bind(self, problem, activations, context):
+        bound = super().bind(problem, activations, context)
+        launch, left = bound.launch, [self.spoiled]
+
+        def spoil(index):
+            output = launch(index)
+            if index in left:
+                left.remove(index)
+                output.view(torch.int16)[0, 0] ^= 1
+            return output
+
+        bound.launch = spoil
+        return bound
+
+
+def test_a_result_that_is_wrong_in_the_graphs_last_launch_has_no_speed(gpu_like, monkeypatch):
+    monkeypatch.setattr(timing, "num_launches", lambda copies, expected_us: 12)
+    (measurement,) = measure(gpu_like(), SpoiledOnce(11)).measurements
+    assert measurement.check == (
+        "WRONG: launch 11 of the graph differs from the same call outside it (after the timed replays)"
+    )
+    assert measurement.median_us is None
 
 
 class Broken(MarlinGemm):

@@ -9,13 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marlin_qqq.bench import presets
+from marlin_qqq import packing
+from marlin_qqq._files import write_text_atomically
+from marlin_qqq.bench import environment, presets, problem
 from marlin_qqq.bench.compare import compare_runs
 from marlin_qqq.bench.problem import Ceilings, GemmProblem, quantize_bytes
-from marlin_qqq.bench.results import SCHEMA_VERSION, Measurement, Run, load_run, write_text_atomically
+from marlin_qqq.bench.results import SCHEMA_VERSION, Measurement, Run, load_run
 from marlin_qqq.bench.sweep import cliffs_of_run, find_cliffs
 from marlin_qqq.bench.tables import find_baseline, speed_up
-from marlin_qqq.bench.timing import L2_MULTIPLE, MINIMUM_LAUNCHES, num_copies, num_launches, summarise
+from marlin_qqq.bench.timing import num_copies, num_launches, summarise
+from marlin_qqq.bench.tune import tune_results
 
 
 def measured(tokens: int, median: float, **fields: object) -> Measurement:
@@ -98,6 +101,13 @@ def test_refused_integer_lists(text):
         presets.parse_integers(text)
 
 
+def test_the_formats_numbers_are_packings():
+    """bench has its own, so as not to load torch for a shape."""
+    assert (problem.GROUP_128, problem.PER_CHANNEL) == (packing.GROUP_SIZE, packing.PER_CHANNEL)
+    assert presets.OUT_FEATURES_MULTIPLE == packing.OUT_FEATURES_MULTIPLE
+    assert presets.IN_FEATURES_MULTIPLE == packing.IN_FEATURES_MULTIPLE
+
+
 # Problems and floors
 
 
@@ -124,6 +134,14 @@ def test_group_scales_count_as_bytes():
     assert group - channel == 2 * 4096 * 4096 // 128
 
 
+@pytest.mark.parametrize(("group_size", "scale_bytes"), [(-1, 4 * 192 + 4 * 3), (128, 4 * 192 + 2 * 2 * 192 + 4 * 3)])
+def test_every_byte_that_a_product_moves_is_counted_once(group_size, scale_bytes):
+    problem = GemmProblem(3, 192, 256, group_size)
+    codes, activations, output = 192 * 256 // 2, 3 * 256, 2 * 3 * 192
+    assert problem.bytes_moved == codes + scale_bytes + activations + output
+    assert problem.operations == 2 * 3 * 192 * 256
+
+
 def test_quantize_moves_three_bytes_a_value():
     assert quantize_bytes(10, 4096) == 3 * 10 * 4096 + 40
 
@@ -132,10 +150,22 @@ def test_quantize_moves_three_bytes_a_value():
 def test_a_graph_rotates_over_more_than_three_times_l2(bytes_per_copy, l2_bytes, expected_us):
     copies = num_copies(bytes_per_copy, l2_bytes)
     assert copies >= 2
-    assert copies * bytes_per_copy > L2_MULTIPLE * l2_bytes
+    assert copies * bytes_per_copy > 3 * l2_bytes
     launches = num_launches(copies, expected_us)
     assert launches % copies == 0
-    assert launches >= max(copies, MINIMUM_LAUNCHES)
+    assert launches >= max(copies, 10)
+    assert launches >= 400 or launches * expected_us >= 250 or expected_us < 0.5
+
+
+@pytest.mark.parametrize(
+    ("copies", "expected_us", "launches"), [(2, 1e4, 10), (3, 1e4, 12), (2, 10.0, 26), (5, 2.5, 100), (31, 1e4, 31)]
+)
+def test_a_graph_has_ten_launches_or_250_us(copies, expected_us, launches):
+    assert num_launches(copies, expected_us) == launches
+
+
+def test_copies_are_the_fewest_that_exceed_three_times_l2():
+    assert [num_copies(size, 1000) for size in (99, 100, 101, 1500, 3001)] == [31, 31, 30, 3, 2]
 
 
 def test_percentiles():
@@ -165,11 +195,14 @@ def test_a_run_survives_saving(tmp_path):
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
     write_text_atomically(path, "old")
-    monkeypatch.setattr("marlin_qqq.bench.results.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("marlin_qqq._files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_text_atomically(path, "new")
     assert path.read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 1
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert path.stat().st_mode == plain.stat().st_mode, "as readable as any file of the user's"
 
 
 @pytest.mark.parametrize(
@@ -231,6 +264,30 @@ def test_only_changes_beyond_threshold_and_noise_count():
     assert [change.after.num_tokens for change in comparison.regressions] == [1]
 
 
+@pytest.mark.parametrize(
+    ("after_us", "verdict"), [(10.21, "slower"), (10.19, "same"), (10 / 1.019, "same"), (10 / 1.021, "faster")]
+)
+def test_two_per_cent_are_noise(after_us, verdict):
+    before, after = (
+        Run(measurements=[measured(1, us, p10_us=us * 0.9999, p90_us=us * 1.0001)]) for us in (10.0, after_us)
+    )
+    assert [change.verdict for change in compare_runs(before, after).changes] == [verdict]
+
+
+@pytest.mark.parametrize(("fp16_us", "ours_us", "verdict"), [(50.0, 6.0, "slower"), (200.0, 16.0, "faster")])
+def test_noise_is_corrected_for_the_reference_as_medians_are(fp16_us, ours_us, verdict):
+    """The device became twice as fast, or slow, and our op changed by 20 % beside it: more than its noise."""
+
+    def run(fp16: float, ours: float) -> Run:
+        return Run(measurements=[measured(1, fp16, implementation="fp16", group_size=None), measured(1, ours)])
+
+    changes = compare_runs(run(100.0, 10.0), run(fp16_us, ours_us), relative_to="fp16").changes
+    assert {change.after.implementation: change.verdict for change in changes} == {
+        "fp16": "same",
+        "marlin_qqq": verdict,
+    }
+
+
 def test_comparison_relative_to_a_baseline_cancels_a_slower_device():
     def run(factor: float, ours: float) -> Run:
         fp16 = measured(1, 100.0 * factor, implementation="fp16", group_size=None)
@@ -249,7 +306,7 @@ def test_comparison_reports_what_is_new_gone_or_newly_wrong():
     comparison = compare_runs(
         Run(measurements=[measured(1, 1.0), measured(3, 1.0)]), Run(measurements=[measured(2, 1.0), wrong])
     )
-    assert [m.num_tokens for m in comparison.only_before] == [1, 3][:1]
+    assert [m.num_tokens for m in comparison.only_before] == [1]
     assert [m.num_tokens for m in comparison.only_after] == [2]
     assert comparison.newly_wrong == [wrong]
 
@@ -275,6 +332,25 @@ def test_a_larger_batch_that_is_faster_is_an_inversion():
     assert len([kind for kind, _, _ in kinds if kind == "inversion"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("floors", "after_us", "kinds"),
+    [
+        ((5.0, 5.0), 10.59, []),
+        ((5.0, 5.0), 10.61, ["step"]),
+        ((5.0, 10.0), 21.1, []),  # the floor's growth explains twice the time
+        ((5.0, 10.0), 21.3, ["step"]),
+        ((5.0, 5.0), 10 / 1.029, []),
+        ((5.0, 5.0), 10 / 1.031, ["inversion"]),
+    ],
+)
+def test_steps_of_six_and_inversions_of_three_per_cent_count(floors, after_us, kinds):
+    rows = [
+        measured(tokens, us, floor_us=floor, p10_us=us * 0.9999, p90_us=us * 1.0001)
+        for tokens, us, floor in zip((64, 65), (10.0, after_us), floors, strict=True)
+    ]
+    assert [cliff.kind for cliff in find_cliffs(rows)] == kinds
+
+
 def test_noise_is_no_cliff():
     noisy = measured(65, 15.0, p10_us=9.0)
     assert find_cliffs([measured(64, 10.0), noisy]) == []
@@ -286,3 +362,49 @@ def test_cliffs_are_looked_for_within_one_curve_only():
     assert (
         len(cliffs_of_run(Run(measurements=[*rows, replace(rows[0], num_tokens=65, median_us=30.0, p10_us=29.0)]))) == 1
     )
+
+
+# Tuning
+
+
+def test_the_planners_choice_is_compared_with_the_best_candidate_of_its_problem():
+    rows = [
+        measured(1, 12.0),
+        measured(1, 10.0, implementation="marlin_qqq:tile:warp8/1x1/1"),
+        measured(1, 15.0, implementation="marlin_qqq:tile:quad8/1x1/1"),
+        measured(1, 1.0, implementation="marlin_qqq:tile:wrong/1x1/1", median_us=None),
+        measured(1, 1.0, implementation="fp16", group_size=None),
+        measured(1, 7.0, group_size=-1),
+        measured(2, 8.0),
+        measured(2, 9.0, implementation="marlin_qqq:tile:warp8/1x1/1"),
+        measured(3, 9.0, implementation="marlin_qqq:tile:warp8/1x1/1"),  # its problem's own choice was not timed
+    ]
+    results = tune_results(rows)
+    assert [(result.chosen, result.best) for result in results] == [(rows[0], rows[1]), (rows[5],) * 2, (rows[6],) * 2]
+    assert [result.loss for result in results] == [1.2, 1.0, 1.0]
+
+
+# Where a run was made
+
+
+def test_a_copy_without_git_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("MARLIN_QQQ_COMMIT", "0123abc")
+    described = environment.describe_environment("cpu")
+    assert (described["commit"], described["uncommitted_changes"]) == ("0123abc", None)
+    monkeypatch.delenv("MARLIN_QQQ_COMMIT")
+    assert environment.describe_environment("cpu")["commit"] != "0123abc"
+
+
+@pytest.mark.parametrize(
+    ("visible", "torch_index", "index"),
+    [(None, 1, 1), ("", 1, 1), ("3", 0, 3), ("2, 5", 1, 5), ("2,5", 2, 2), ("GPU-1a2b,GPU-3c4d", 1, 1)],
+)
+def test_clocks_are_those_of_the_gpu_that_torch_sees(monkeypatch, visible, torch_index, index):
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    queries = []
+    monkeypatch.setattr(environment, "_run", lambda command: queries.append(command) or "")
+    environment._nvidia_smi(torch_index)
+    assert queries[0][-2:] == ["-i", str(index)]

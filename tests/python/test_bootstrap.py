@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+from repository import load_script
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "bootstrap.py"
-spec = importlib.util.spec_from_file_location("bootstrap", SCRIPT)
-assert spec and spec.loader
-bootstrap = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bootstrap)
+bootstrap = load_script("scripts/bootstrap.py")
 
 DIGEST = "a" * 64
 WHEELS = ["pip-9.0.3-py2.py3-none-any.whl", "pip-25.1-py3-none-any.whl", "pip-24.3.1-py3-none-any.whl"]

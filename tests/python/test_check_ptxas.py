@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from repository import load_script
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "check_ptxas.py"
-spec = importlib.util.spec_from_file_location("check_ptxas", SCRIPT)
-assert spec and spec.loader
-check_ptxas = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(check_ptxas)
+check_ptxas = load_script("scripts/check_ptxas.py")
 
 CLEAN = """\
 ptxas info    : 0 bytes gmem

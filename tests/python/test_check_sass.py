@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from repository import load_script
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-spec = importlib.util.spec_from_file_location("check_sass", SCRIPTS / "check_sass.py")
-assert spec and spec.loader
-check_sass = importlib.util.module_from_spec(spec)
-sys.path.insert(0, str(SCRIPTS))
-try:
-    spec.loader.exec_module(check_sass)
-finally:
-    sys.path.remove(str(SCRIPTS))
+check_sass = load_script("scripts/check_sass.py")
 
 
 def sass(*instructions: str, name: str = "_Z6kernelv") -> str:

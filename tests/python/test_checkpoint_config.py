@@ -16,6 +16,7 @@ from marlin_qqq.checkpoint import (
     read_json_object,
     read_quantization_config,
 )
+from marlin_qqq.checkpoint.config import FoundConfig
 
 HAND = {"quant_method": "qqq", "wbits": 4, "group_size": 128}
 GPTQMODEL = {
@@ -128,3 +129,5 @@ def test_any_configuration_is_understood_or_refused(config: dict) -> None:
     except CheckpointError:
         return
     assert parsed.group_size in (128, -1)
+    # Who asks first whether a folder is QQQ must not miss one: other loaders would give it random weights.
+    assert FoundConfig(config, "").is_qqq

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from folders import rewrite_config, rewrite_tensors
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from marlin_qqq.checkpoint import Checkpoint, CheckpointError, TensorFolder, write_checkpoint
+from marlin_qqq.checkpoint.writer import write_tensors
 from marlin_qqq.packing import permute_channel_scale, permute_group_scale, unpermute_channel_scale
 from marlin_qqq.quantization import dequantize_weight, quantize_weight
 
@@ -105,6 +106,17 @@ def test_group_128_with_128_inputs(tmp_path: Path) -> None:
     )
     modules = Checkpoint(tmp_path / "q").modules
     assert (modules["a"].group_size, modules["b"].group_size) == (128, -1)
+
+
+def test_tensors_that_share_memory_are_written_separately(tmp_path: Path) -> None:
+    """Tied embeddings, slices of a fused weight: safetensors itself refuses them."""
+    whole = torch.arange(12.0).reshape(3, 4)
+    tensors = {"a": whole, "b": whole, "part": whole[1:], "turned": whole.t(), "empty": whole[:0]}
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    read = load_file(tmp_path / "model.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 LIES = {

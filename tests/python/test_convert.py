@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import torch
 from folders import FAMILIES, VOCABULARY, rewrite_config, rewrite_tensors, save_float_folder
 
 from marlin_qqq import quantize_model
+from marlin_qqq._files import atomic_write
 from marlin_qqq.checkpoint import Checkpoint, CheckpointError, TensorFolder, load_quantized_model
 from marlin_qqq.checkpoint.writer import partial_directory
 from marlin_qqq.convert import ConversionOptions, ConversionPlan, convert, plan_conversion, run_conversion
@@ -105,6 +107,22 @@ def test_dtypes(tmp_path: Path, stored: torch.dtype, wanted: str, expected: torc
     assert load_quantized_model(tmp_path / "q").dtype == expected
 
 
+def test_rotary_frequencies_keep_their_dtype(tmp_path: Path) -> None:
+    """Some folders store them; in 16 bits every position would be shifted."""
+    save_float_folder(tmp_path / "float", dtype=torch.float32)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    frequencies = 10000.0 ** (-torch.arange(0, 1, 1 / 16))
+    assert not torch.equal(frequencies.half().float(), frequencies)
+    positions = torch.arange(4)
+    rewrite_tensors(tmp_path / "float", {name: frequencies, "model.position_ids": positions})
+    convert(tmp_path / "float", tmp_path / "q", clip=False)
+    written = TensorFolder(tmp_path / "q")
+    assert written.read("model.norm.weight").dtype == torch.float16
+    for tensor, expected in ((name, frequencies), ("model.position_ids", positions)):
+        assert written.read(tensor).dtype == expected.dtype
+        assert torch.equal(written.read(tensor), expected)
+
+
 def test_value_beyond_float16_is_refused(tmp_path: Path) -> None:
     save_float_folder(tmp_path / "float", dtype=torch.float32)
     rewrite_tensors(tmp_path / "float", {"model.norm.weight": torch.full((128,), 1e6)})
@@ -188,7 +206,12 @@ def test_resumes_to_equal_bytes(source: Path, tmp_path: Path, text: Path, method
     with pytest.raises(Interrupted):
         convert(source, tmp_path / "q", progress=interrupt_after(pieces), **options)
     assert not (tmp_path / "q").exists()
-    (partial_directory(tmp_path / "q") / "model-00002-of-00007.safetensors.tmp").write_bytes(b"half a file")
+    with pytest.raises(Interrupted), atomic_write(partial_directory(tmp_path / "q") / "model.safetensors") as half:
+        half.write_bytes(b"half a file")
+        leftover = half.with_name("2" + half.name)
+        shutil.copy(half, leftover)  # as a process that is killed leaves it
+        raise Interrupted
+    assert leftover.exists() and not half.exists()
     result = convert(source, tmp_path / "q", **options)
     assert (result.resumed_shards > 0) == (pieces == 15)
     assert files_of(tmp_path / "q") == files_of(tmp_path / "whole")
@@ -202,6 +225,38 @@ def test_unfinished_conversion_with_other_options(source: Path, tmp_path: Path) 
         convert(source, tmp_path / "q", group_size=-1, max_shard_bytes=60_000)
     convert(source, tmp_path / "q", group_size=-1, max_shard_bytes=60_000, restart=True)
     assert Checkpoint(tmp_path / "q").settings.group_size == -1
+
+
+def test_unfinished_conversion_of_another_source(source: Path, tmp_path: Path) -> None:
+    """Half of the old weights and half of the new ones would be no model."""
+    options = {"group_size": 128, "max_shard_bytes": 60_000}
+    with pytest.raises(Interrupted):
+        convert(source, tmp_path / "q", progress=interrupt_after(5), **options)
+    rewrite_tensors(source, {"model.layers.1.mlp.down_proj.weight": torch.ones(128, 256).half()})
+    with pytest.raises(CheckpointError, match="another source"):
+        convert(source, tmp_path / "q", **options)
+
+
+@pytest.mark.parametrize("same_text", [True, False])
+def test_unfinished_conversion_with_another_calibration_file(
+    source: Path, tmp_path: Path, text: Path, same_text: bool
+) -> None:
+    """What the file holds counts, not where it is."""
+    options = {"group_size": 128, "max_shard_bytes": 60_000} | gptq_options(text)
+    with pytest.raises(Interrupted):
+        convert(source, tmp_path / "q", progress=interrupt_after(15), **options)
+    (tmp_path / "copy.txt").write_text(TEXT if same_text else TEXT.swapcase())
+    fingerprints = [
+        plan_conversion(source, tmp_path / "q", ConversionOptions(**options | {"calibration": file})).fingerprint()
+        for file in (text, tmp_path / "copy.txt")
+    ]
+    assert (fingerprints[0] == fingerprints[1]) == same_text
+    calibration = {"calibration": tmp_path / "copy.txt"}
+    if same_text:
+        convert(source, tmp_path / "q", **options | calibration)
+        return
+    with pytest.raises(CheckpointError, match="other options"):
+        convert(source, tmp_path / "q", **options | calibration)
 
 
 def test_two_processes_do_not_write_one_folder(source: Path, tmp_path: Path) -> None:
@@ -285,6 +340,12 @@ def test_sources_that_are_refused(source: Path, tmp_path: Path) -> None:
         plan(source)
 
 
+def test_without_transformers_the_sentence_says_what_to_install(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(CheckpointError, match=r"in a clone: pip install '\.\[transformers\]', elsewhere: pip install"):
+        plan(source)
+
+
 def test_code_of_the_folder_is_not_run(source: Path, tmp_path: Path) -> None:
     (source / "evil.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
     reference = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
@@ -300,3 +361,24 @@ def test_weight_that_is_not_finite(source: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj: weight holds 32768 NaN"):
         convert(source, tmp_path / "q")
     assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("side_file", ["quant_config.json", "quantize_config.json"])
+@pytest.mark.parametrize("fields", [{"wbits": 4, "group_size": 128}, {"format": "QQQ", "bits": 4, "group_size": 128}])
+def test_older_qqq_folders_are_rewritten(source: Path, tmp_path: Path, side_file: str, fields: dict) -> None:
+    """What docs/transformers.md advises: the settings move from a side file into config.json, the tensors stay."""
+    convert(source, tmp_path / "old", group_size=128)
+    expected = json.loads((tmp_path / "old" / "config.json").read_text())["quantization_config"]
+    rewrite_config(tmp_path / "old", quantization_config=None)
+    (tmp_path / "old" / side_file).write_text(json.dumps(fields | {"modules_to_not_convert": ["lm_head"]}))
+    convert(tmp_path / "old", tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["quantization_config"] == expected
+    assert not (tmp_path / "new" / side_file).exists()
+    old, new = (tmp_path / name / "model.safetensors" for name in ("old", "new"))
+    assert old.read_bytes() == new.read_bytes()
+
+
+def test_another_method_in_a_side_file_is_named(source: Path) -> None:
+    (source / "quant_config.json").write_text(json.dumps({"w_bit": 4, "q_group_size": 128, "version": "GEMM"}))
+    with pytest.raises(CheckpointError, match=r"quant_config\.json: quantised with None; convertible: unquantised"):
+        plan(source)

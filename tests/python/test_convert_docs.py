@@ -8,25 +8,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
+from repository import ROOT
 from typer.testing import CliRunner
 
 from marlin_qqq.cli.app import app
 
-ROOT = Path(__file__).resolve().parents[2]
 # Set-up that every test environment has been through already.
-DONE_BEFORE = ('pip install "marlin-qqq[transformers]"',)
+DONE_BEFORE = ('pip install ".[transformers]"',)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The model is so small that a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("page", ["convert.md", "transformers.md"])
 def test_page_from_nothing_to_an_answer(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

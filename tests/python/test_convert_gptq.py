@@ -131,6 +131,17 @@ def test_gptq_folder_with_groups_keeps_its_codes(tmp_path: Path) -> None:
     load_quantized_model(tmp_path / "q")
 
 
+def test_the_oldest_gptq_folders_name_no_method(tmp_path: Path) -> None:
+    save_gptq_folder(tmp_path / "gptq", 128)
+    convert(tmp_path / "gptq", tmp_path / "expected")
+    rewrite_config(tmp_path / "gptq", quantization_config=None)
+    fields = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+    (tmp_path / "gptq" / "quantize_config.json").write_text(json.dumps(fields))
+    convert(tmp_path / "gptq", tmp_path / "q")
+    files = [tmp_path / name / "model.safetensors" for name in ("expected", "q")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from folders import rewrite_config, save_float_folder
+from repository import ROOT, load_script
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -21,8 +22,7 @@ from marlin_qqq.cli import demo, demo_view
 from marlin_qqq.cli.app import app
 from marlin_qqq.evaluation import Continuation, measure_perplexity
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-MODEL = REPOSITORY / "demo" / "model"
+MODEL = ROOT / "demo" / "model"
 runner = CliRunner()
 needs_model = pytest.mark.skipif(
     not (MODEL / "model.safetensors").is_file(), reason="demo/model is not in this checkout"
@@ -209,17 +209,19 @@ def test_demo_model_on_a_gpu() -> None:
         assert 1.0 < value / original < 1.08
 
 
+def test_without_transformers_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    result = invoke("--device", "cpu")
+    assert result.exit_code == 1
+    assert "in a clone: pip install '.[transformers]', elsewhere: pip install" in result.stderr
+
+
 # The text that it was trained on
 
 
 @pytest.fixture
-def corpus_module(monkeypatch: pytest.MonkeyPatch):
-    specification = importlib.util.spec_from_file_location("demo_corpus", REPOSITORY / "demo" / "corpus.py")
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, "demo_corpus", module)
-    specification.loader.exec_module(module)
-    return module
+def corpus_module() -> ModuleType:
+    return load_script("demo/corpus.py")
 
 
 def test_held_out_modules_and_their_tests_are_not_trained_on(corpus_module, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 import marlin_qqq
 from marlin_qqq import introspection
@@ -105,8 +106,7 @@ def test_what_a_refusal_allows_is_taken():
 
 def test_build_info():
     info = marlin_qqq.build_info()
-    version_file = Path(__file__).parents[2] / "VERSION"
-    assert info.version == version_file.read_text().strip()
+    assert info.version == (ROOT / "VERSION").read_text().strip()
     assert info.cpu_instruction_set in {"generic", "avx2", "avx_vnni", "avx512_vnni"}
     assert info.version in str(info) and info.cpu_instruction_set in str(info)
 

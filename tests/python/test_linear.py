@@ -12,6 +12,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recording import RecordedCalls
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -34,6 +35,15 @@ def random_linear(in_features: int, out_features: int, bias: bool = True, seed: 
 
 def random_input(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def test_the_op_is_promised_constant_weights():
+    """What the docstring says: a kernel may fetch them before the one in front of it has ended."""
+    layer = QQQLinear.from_linear(random_linear(128, 64), group_size=128)
+    with RecordedCalls() as recorded:
+        layer(random_input(2, 128))
+    ((name, arguments),) = recorded.calls
+    assert (name, arguments["constant_weights"]) == ("marlin_qqq_linear", True)
 
 
 def by_the_formula(layer: QQQLinear, x: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ def test_every_candidate(monkeypatch, family, group_size, out_dtype, num_tokens,
         monkeypatch.setenv("MARLIN_QQQ_CANDIDATE", str(candidate))
         for constant_weights in (False, True):  # another kernel, for some
             got = marlin_qqq_gemm(*on_gpu.arguments, bias=bias, out_dtype=out_dtype, constant_weights=constant_weights)
-            assert torch.equal(got, expected), f"candidate {candidate}, constant_weights={constant_weights}"
+            assert reference.same_bits(got, expected), f"candidate {candidate}, constant_weights={constant_weights}"
 
 
 # 33 tiles of 128 features: with up to 17 of tokens, blocks of every multiprocessor walk over several, and a ring of
@@ -57,7 +57,7 @@ def test_blocks_that_walk_over_several_tiles(monkeypatch, group_size, num_tokens
     on_gpu = problem.to("cuda")
     for candidate in range(count_candidates(monkeypatch, on_gpu)):
         monkeypatch.setenv("MARLIN_QQQ_CANDIDATE", str(candidate))
-        assert torch.equal(marlin_qqq_gemm(*on_gpu.arguments), expected), f"candidate {candidate}"
+        assert reference.same_bits(marlin_qqq_gemm(*on_gpu.arguments), expected), f"candidate {candidate}"
 
 
 # 33 tiles of 128 features x 3 to 11 of tokens, 48 x 4 of more than 256: more than there are multiprocessors, most of
@@ -83,7 +83,7 @@ def test_tiles_that_clusters_share_after_whole_ones(
         monkeypatch.setenv("MARLIN_QQQ_TILE", name)
         for _ in range(2):  # one after the other: nothing is left behind
             got = marlin_qqq_gemm(*on_gpu.arguments, bias=bias, out_dtype=out_dtype)
-            assert torch.equal(got, expected), name
+            assert reference.same_bits(got, expected), name
 
 
 # One tile of 64 features more than multiprocessors, some after two whole rounds, and as many as make whole rounds; 16
@@ -106,7 +106,7 @@ def test_rings_that_flow_from_tile_to_tile(monkeypatch, group_size, num_tokens, 
         monkeypatch.setenv("MARLIN_QQQ_TILE", name)
         for constant_weights in (False, True, True):  # one after the other: nothing is left behind
             got = marlin_qqq_gemm(*on_gpu.arguments, bias=bias, constant_weights=constant_weights)
-            assert torch.equal(got, expected), f"{name}, constant_weights={constant_weights}"
+            assert reference.same_bits(got, expected), f"{name}, constant_weights={constant_weights}"
 
 
 # Whatever torch's allocator hands out: a few tiles left over after a whole round, and clusters' sums of one token.
@@ -125,7 +125,7 @@ def test_what_scratch_holds_does_not_matter(monkeypatch, family, group_size, num
         torch.cuda.empty_cache()
         used = [torch.full((size << 20,), 0x55, dtype=torch.int8, device="cuda") for size in (1, 2, 4, 8, 16, 32)]
         del used
-        assert torch.equal(marlin_qqq_gemm(*on_gpu.arguments), expected), f"candidate {candidate}"
+        assert reference.same_bits(marlin_qqq_gemm(*on_gpu.arguments), expected), f"candidate {candidate}"
 
 
 @pytest.mark.parametrize("group_size", [128, -1])
@@ -140,7 +140,7 @@ def test_candidates_have_names_that_force_them(monkeypatch, group_size):
     monkeypatch.delenv("MARLIN_QQQ_CANDIDATE")
     for candidate in candidates:
         monkeypatch.setenv("MARLIN_QQQ_TILE", candidate.name)
-        assert torch.equal(marlin_qqq_gemm(*problem.arguments), expected), candidate.text
+        assert reference.same_bits(marlin_qqq_gemm(*problem.arguments), expected), candidate.text
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,15 @@ def test_codes_equal_the_greedy_solver(group_size, act_order):
     assert (codes != expected).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("damping", [0.001, 1.0])
+def test_damping_is_a_fraction_of_the_diagonals_mean(damping):
+    weight, _, hessian = problem(256)
+    codes, scales = gptq.quantize(weight, hessian, 128, damping=damping)
+    expected = optimal_brain_quantization(weight, hessian, scales, 128, range(256), damping)
+    assert (codes != expected).float().mean() < 1e-3
+    assert (codes != gptq.quantize(weight, hessian, 128)[0]).float().mean() > 1e-2, "a damping that changes something"
+
+
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("clip_search", [False, True])
 def test_uncorrelated_inputs_are_rounded_to_nearest(group_size, clip_search):

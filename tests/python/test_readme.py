@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
 
 import marlin_qqq
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 
 
 def snippets() -> list[str]:
@@ -32,7 +32,6 @@ def test_snippets_run_one_after_the_other():
 
 
 def test_files_that_it_links_to_exist():
-    root = Path(__file__).parents[2]
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert links
-    assert [link for link in links if not (root / link).exists()] == []
+    assert [link for link in links if not (ROOT / link).exists()] == []

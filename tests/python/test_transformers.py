@@ -15,9 +15,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from marlin_qqq import QQQLinear, enable_transformers, quantize_model
 from marlin_qqq.checkpoint import CheckpointError, TensorFolder, load_quantized_model, write_checkpoint
+from marlin_qqq.checkpoint.reader import QuantizedModule
 from marlin_qqq.convert import convert
+from marlin_qqq.integrations.transformers import QQQConfig, QQQQuantizer, replace_linear_layers
 from marlin_qqq.quantization import quantize_weight
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.arange(24)[None] * 7 % VOCABULARY
 # Token 0 is in TOKENS; without a mask generate would take it for padding.
 GREEDY = {
@@ -31,13 +34,8 @@ LAYER = "model.layers.0.mlp.up_proj"
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """The models are so small that a second thread costs more than it brings."""
+def enabled() -> None:
     enable_transformers()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -86,8 +84,6 @@ def test_quantize_model_saves_to_the_same_layout(tmp_path: Path, group_size: int
 
 
 def test_quantising_while_loading(tmp_path: Path) -> None:
-    from marlin_qqq.integrations.transformers import QQQConfig
-
     model = save_float_folder(tmp_path / "float")
     config = QQQConfig(group_size=128, modules_to_not_convert=["lm_head", "o_proj"])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
@@ -193,6 +189,34 @@ def test_missing_tensors_are_refused(folder: Path) -> None:
     rewrite_tensors(folder, change | {"model.layers.1.input_layernorm.weight": torch.ones(128).half()})
     with pytest.raises(CheckpointError, match=r"lacks 1 tensors .* such as model\.layers\.0\.mlp\.up_proj"):
         load_quantized_model(folder)
+
+
+def test_layers_on_disk_are_refused() -> None:
+    quantizer = QQQQuantizer(QQQConfig(128), pre_quantized=True)
+    quantizer.validate_environment(device_map={"model": "cpu", "lm_head": 0})
+    with pytest.raises(ValueError, match="device_map sends layers to disk; QQQ layers stay in memory"):
+        quantizer.validate_environment(device_map={"model": "cpu", "lm_head": "disk"})
+
+
+def test_a_checkpoint_of_another_model_is_refused(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without one layer in common nothing would be loaded; a part that is not there is ignored, with a word."""
+    model = tiny_model()
+    other = QuantizedModule("encoder.0.proj", 128, 256, 128, False)
+    with pytest.raises(
+        CheckpointError, match=r"none of the 1 quantised modules \(such as encoder\.0\.proj\) is in the"
+    ):
+        replace_linear_layers(model, [other])
+    assert not any(isinstance(module, QQQLinear) for module in model.modules())
+    assert replace_linear_layers(model, [other, QuantizedModule(LAYER, 128, 256, 128, False)]) == 1
+    assert isinstance(model.get_submodule(LAYER), QQQLinear)
+    assert "1 quantised modules are not in the model and ignored, such as encoder.0.proj" in caplog.text
+
+
+def test_the_weights_cannot_be_trained(folder: Path) -> None:
+    """The Trainer asks this."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.hf_quantizer.is_trainable is False
+    assert not any(parameter.requires_grad for parameter in model.get_submodule(LAYER).parameters())
 
 
 def test_pickled_weights_are_refused(folder: Path) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import numpy
 import pytest
+from repository import ROOT, load_script
 
 import marlin_qqq
 from marlin_qqq.bench import tune
@@ -18,22 +16,12 @@ from marlin_qqq.bench.runner import Settings
 
 introspection = pytest.importorskip("marlin_qqq._introspection", reason="built without Python.h")
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-HEADER = BENCHMARKS.parent / "csrc" / "plan" / "sm90_model.h"
+HEADER = ROOT / "csrc" / "plan" / "sm90_model.h"
 DEVICE = introspection.reference_device("sm_90")
 
 
-def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-planner_fit = load_script("planner_fit")
-tune_planner = load_script("tune_planner")
+planner_fit = load_script("benchmarks/planner_fit.py")
+tune_planner = load_script("benchmarks/tune_planner.py")
 
 
 def listed(
@@ -141,6 +129,23 @@ def test_a_sweep_is_saved_continued_and_read_by_fit(tmp_path, monkeypatch):
     assert objective.num_points == len(run.measurements)
 
 
+def test_a_sweep_is_not_continued_on_another_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune_planner, "ask_candidates", listed)
+    path, shape = tmp_path / "sweep.json", Layer("128x256", 128, 256)
+    runner = tune_planner.SweepRunner(Settings(device="cpu", cpu_seconds=1e-4))
+    first = tune_planner.Sweep(runner, path)
+    first.measure((shape, 128, 3), 1)
+    first.save()
+    run = load_run(path)
+    run.environment[planner_fit.PLANNER_DEVICE]["num_sms"] -= 18
+    path.write_text(run.to_json())
+    before = path.read_text()
+    again = tune_planner.Sweep(tune_planner.SweepRunner(Settings(device="cpu", cpu_seconds=1e-4)), path)
+    with pytest.raises(ValueError, match=r"sweep\.json was measured on another GPU than this one; give another --json"):
+        again.measure((shape, -1, 3), 1)
+    assert path.read_text() == before
+
+
 def test_a_wrong_candidate_is_found_out():
     torch = pytest.importorskip("torch")
     choice = tune_planner.OwnChoice(torch.tensor([1.0, 2.0]))
@@ -177,6 +182,35 @@ def test_a_fit_finds_a_better_model():
     assert len(planner_fit.report(objective, start, fitted)) == 9
     assert objective.losses(truth).max() == 1
     assert len(objective.unmeasured_choices(fitted)) <= len(problems)
+
+
+def test_reference_shapes_weigh_three_times_and_every_regime_the_same():
+    model = introspection.sm90_model()
+    sizes = [
+        (1, 4096, 4096, -1),
+        (1, 6144, 4096, -1),
+        (16, 6144, 4096, 128),
+        (64, 6144, 4096, -1),
+        (80, 4096, 4096, 128),
+    ]
+    objective = planner_fit.Objective([timed_problem(model, *problem) for problem in sizes])
+    # M of 1 and 16 are one regime, 64 and 80 one each.
+    assert objective.weights.tolist() == pytest.approx([3 / 5, 1 / 5, 1 / 5, 1, 1])
+    losses = numpy.array([1.5, 1.0, 1.0, 1.0, 1.0])
+    assert objective.weighted_mean(losses) == pytest.approx(1 + 0.5 * 3 / 5 / 3)
+
+
+def test_first_choices_that_were_not_measured_are_named():
+    model = introspection.sm90_model()
+    measured, other = timed_problem(model, 16, 4096, 4096, -1), timed_problem(model, 64, 8192, 21760, 128)
+    assert planner_fit.Objective([measured, other]).unmeasured_choices(model) == []
+    best = other.names[0]
+    for values in (other.names, other.plans, other.times):
+        del values[0]
+    assert planner_fit.Objective([measured, other]).unmeasured_choices(model) == [f"8192x21760 M=64 g128: {best}"]
+    # A second sweep on the same GPU that has it is enough.
+    second = timed_problem(model, 64, 8192, 21760, 128)
+    assert planner_fit.Objective([measured, other, second]).unmeasured_choices(model) == []
 
 
 def test_candidates_that_are_gone_or_changed_are_counted():

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from marlin_qqq._version import __version__
+
 _NVIDIA_SMI_FIELDS = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit", "clocks.sm")
 
 
@@ -36,7 +38,7 @@ def describe_environment(device: str, command: list[str] | None = None) -> dict[
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "marlin_qqq": _package_version(),
+        "marlin_qqq": __version__,
         **_git_state(),
     }
     if device.startswith("cuda"):
@@ -169,15 +171,6 @@ def _git_state() -> dict[str, Any]:
     commit = _run(["git", "-C", str(root), "rev-parse", "HEAD"]).strip() or None
     changes = _run(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
     return {"commit": commit, "uncommitted_changes": bool(changes.strip()) if commit else None}
-
-
-def _package_version() -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("marlin_qqq")
-    except PackageNotFoundError:
-        return None
 
 
 def _cpu_name() -> str:

@@ -11,7 +11,8 @@ from rich.measure import Measurement as RichMeasurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from marlin_qqq.bench.results import Run, write_text_atomically
+from marlin_qqq._files import write_text_atomically
+from marlin_qqq.bench.results import Run
 from marlin_qqq.bench.tables import footnotes, measurement_table
 
 # Columns are never dropped: where the output is no terminal (a log, a file) the table gets the width it needs.

@@ -5,12 +5,11 @@ Legends stand outside the axes, every axis has its unit, and an implementation k
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from marlin_qqq._files import atomic_write
 from marlin_qqq.bench.environment import describe_device
 from marlin_qqq.bench.results import OURS, Measurement, Run
 from marlin_qqq.bench.tables import baselines_of, find_baseline, mode_name, shape_name, speed_up
@@ -18,7 +17,7 @@ from marlin_qqq.bench.tables import baselines_of, find_baseline, mode_name, shap
 try:
     import matplotlib
 except ImportError as error:
-    raise ImportError("plots need matplotlib: pip install 'marlin-qqq[bench]' or pip install matplotlib") from error
+    raise ImportError("plots need matplotlib: pip install matplotlib") from error
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -324,20 +323,12 @@ def _legend_entries(all_axes: Any) -> tuple[list[Any], list[str]]:
 
 
 def save_figure(figure: Any, folder: Path, name: str) -> list[Path]:
-    """PNG and SVG, each written under a temporary name and renamed."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """PNG and SVG."""
     paths = []
     for extension, options in (("png", {}), ("svg", {"metadata": {"Date": None}})):
         path = folder / f"{name}.{extension}"
-        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=f".{extension}")
-        os.close(descriptor)
-        try:
+        with atomic_write(path) as temporary:
             figure.savefig(temporary, format=extension, **options)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
         paths.append(path)
     pyplot.close(figure)
     return paths

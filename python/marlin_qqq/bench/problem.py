@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# As in marlin_qqq.packing, which loads torch: the arithmetic here does without it.
 PER_CHANNEL = -1
 GROUP_128 = 128
 

@@ -1,7 +1,6 @@
 """The saved form of a run: one JSON document with a schema version, or one CSV row a measurement.
 
 A document is a :class:`Run`; everything that tables, plots, ``compare`` and README figures show is computed from it.
-Files are written to a temporary name and renamed, so that an interrupted run leaves no half document.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,18 +155,3 @@ def load_run(path: str | Path) -> Run:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     return Run.from_json(text, str(path))
-
-
-def write_text_atomically(path: str | Path, text: str) -> None:
-    """Writes ``text`` beside ``path`` under a temporary name and renames it; creates the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -108,16 +108,15 @@ class TuneResult:
         return self.chosen.median_us / self.best.median_us
 
 
-def tune_results(measurements: Sequence[Measurement], constant: bool = False) -> list[TuneResult]:
+def tune_results(measurements: Sequence[Measurement]) -> list[TuneResult]:
     """For every problem the planner's choice against the fastest candidate measured beside it."""
-    chosen_name = f"{OURS}:constant" if constant else OURS
     problems: dict[Any, list[Measurement]] = defaultdict(list)
     for measurement in measurements:
         if measurement.median_us and measurement.implementation.startswith(OURS):
             problems[measurement.problem_key, measurement.group_size].append(measurement)
     results = []
     for rows in problems.values():
-        chosen = next((m for m in rows if m.implementation == chosen_name), None)
+        chosen = next((m for m in rows if m.implementation == OURS), None)
         if chosen is not None:
             results.append(TuneResult(chosen, min(rows, key=lambda m: m.median_us or float("inf"))))
     return results

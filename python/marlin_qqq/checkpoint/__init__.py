@@ -2,6 +2,7 @@
 
 from marlin_qqq.checkpoint.config import (
     QuantizationSettings,
+    find_quantization_config,
     parse_quantization_config,
     read_json_object,
     read_quantization_config,
@@ -20,6 +21,7 @@ __all__ = [
     "QuantizedModule",
     "TensorFolder",
     "TensorInfo",
+    "find_quantization_config",
     "find_quantized_modules",
     "load_quantized_model",
     "parse_quantization_config",

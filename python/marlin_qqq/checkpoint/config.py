@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from marlin_qqq.checkpoint.errors import CheckpointError
+from marlin_qqq.packing import GROUP_SIZE, PER_CHANNEL
 from marlin_qqq.quantization.model import is_skipped
 
 QUANT_METHOD = "qqq"
-SUPPORTED_GROUP_SIZES = (128, -1)
+SUPPORTED_GROUP_SIZES = (GROUP_SIZE, PER_CHANNEL)
 # Where the settings may live, in the order in which they are looked up (vLLM and GPTQModel used the last two).
 SIDE_FILES = ("quant_config.json", "quantize_config.json")
 # A config of a real model is a few KiB; an index of the largest ones about 10 MiB.
@@ -61,6 +62,32 @@ class QuantizationSettings:
         return is_skipped(module_name, self.modules_to_not_convert)
 
 
+@dataclass(frozen=True)
+class FoundConfig:
+    """A folder's quantization_config of any method, not checked yet; source: what to call it in an error."""
+
+    fields: Mapping[str, Any]
+    source: str
+
+    @property
+    def is_qqq(self) -> bool:
+        """True for all that `parse_quantization_config` accepts, and for what names QQQ beside another method.
+
+        The latter is to be refused with a sentence, which other loaders would not do: they skip what they do not know
+        and leave random weights.
+        """
+        named = [self.fields[name] for name in (*_METHOD_NAMES, *_FORMAT_NAMES) if self.fields.get(name) is not None]
+        return any(_is_qqq_name(value) for value in named) if named else "wbits" in self.fields
+
+    @property
+    def method(self) -> Any:
+        """The name of the method, in lower case; None where there is none."""
+        if self.is_qqq:
+            return QUANT_METHOD
+        named = next((self.fields[name] for name in _METHOD_NAMES if self.fields.get(name) is not None), None)
+        return named.lower() if isinstance(named, str) else named
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object from an untrusted file; anything else is a CheckpointError that names the file."""
     try:
@@ -101,7 +128,7 @@ def parse_quantization_config(config: Mapping[str, Any], source: str = "quantiza
     if method is None and weight_format is None and "wbits" not in config:
         raise CheckpointError(f"{source} names no quant_method; this library reads {QUANT_METHOD!r}")
     for name, value in (("quant_method", method), ("format", weight_format)):
-        if value is not None and (not isinstance(value, str) or value.lower() != QUANT_METHOD):
+        if value is not None and not _is_qqq_name(value):
             raise CheckpointError(f"{source}: {name} is {value!r}; this library reads {QUANT_METHOD!r}")
 
     bits = _one_value(config, _BITS_NAMES, source)
@@ -129,6 +156,35 @@ def parse_quantization_config(config: Mapping[str, Any], source: str = "quantiza
     )
 
 
+def find_quantization_config(directory: str | os.PathLike[str]) -> FoundConfig | None:
+    """What a folder says about its quantisation, by any method; None: the weights are not quantised.
+
+    `quantization_config` in config.json counts, else the first side file of older versions that there is.
+
+    Raises:
+        CheckpointError: no such folder, or something that is no JSON object.
+
+    Example:
+        >>> find_quantization_config("Llama-3-8B-QQQ").is_qqq  # doctest: +SKIP
+        True
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder")
+    config_path = folder / "config.json"
+    if config_path.exists():
+        embedded = read_json_object(config_path).get("quantization_config")
+        if embedded is not None:
+            source = f"quantization_config in {config_path}"
+            if not isinstance(embedded, dict):
+                raise CheckpointError(f"{source} is a {type(embedded).__name__}; an object is needed")
+            return FoundConfig(embedded, source)
+    for name in SIDE_FILES:
+        if (folder / name).exists():
+            return FoundConfig(read_json_object(folder / name), str(folder / name))
+    return None
+
+
 def read_quantization_config(directory: str | os.PathLike[str]) -> QuantizationSettings:
     """The settings of a QQQ folder: `quantization_config` in config.json, else a side file of older versions.
 
@@ -139,20 +195,13 @@ def read_quantization_config(directory: str | os.PathLike[str]) -> QuantizationS
         >>> read_quantization_config("Llama-3-8B-QQQ").group_size  # doctest: +SKIP
         128
     """
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder")
-    config_path = folder / "config.json"
-    if config_path.exists():
-        embedded = read_json_object(config_path).get("quantization_config")
-        if embedded is not None:
-            return parse_quantization_config(embedded, f"quantization_config in {config_path}")
-    for name in SIDE_FILES:
-        if (folder / name).exists():
-            return parse_quantization_config(read_json_object(folder / name), str(folder / name))
-    raise CheckpointError(
-        f"{folder} has no quantization_config in config.json and no {' or '.join(SIDE_FILES)}: not a QQQ checkpoint"
-    )
+    found = find_quantization_config(directory)
+    if found is None:
+        raise CheckpointError(
+            f"{directory} has no quantization_config in config.json and no {' or '.join(SIDE_FILES)}: "
+            "not a QQQ checkpoint"
+        )
+    return parse_quantization_config(found.fields, found.source)
 
 
 def _one_value(config: Mapping[str, Any], names: tuple[str, ...], source: str) -> Any:
@@ -162,6 +211,10 @@ def _one_value(config: Mapping[str, Any], names: tuple[str, ...], source: str) -
     if any(value != values[0] for value in values[1:]):
         raise CheckpointError(f"{source}: {found} disagree")
     return values[0] if values else None
+
+
+def _is_qqq_name(value: Any) -> bool:
+    return isinstance(value, str) and value.lower() == QUANT_METHOD
 
 
 def _has_static_groups(config: Mapping[str, Any]) -> bool:

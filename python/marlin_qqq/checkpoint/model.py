@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from marlin_qqq._files import write_json_atomically
 from marlin_qqq.checkpoint.config import QuantizationSettings, read_json_object
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.reader import GROUP_SCALE, Checkpoint, find_quantized_modules, natural_key
@@ -23,7 +24,6 @@ from marlin_qqq.checkpoint.writer import (
     publish,
     refuse_existing,
     write_index,
-    write_json,
     write_tensors,
 )
 
@@ -84,7 +84,9 @@ def write_checkpoint(
     write_index(partial, shards)
     if source is not None:
         copy_side_files(Path(source), partial)
-    write_json(partial / "config.json", model_config(source_config, None, settings.to_dict()))
+    write_json_atomically(
+        partial / "config.json", model_config(source_config, None, settings.to_dict()), sort_keys=True
+    )
     publish(partial, target)
     return target
 
@@ -130,10 +132,15 @@ def load_quantized_model(
         output_loading_info=True,
     )
     model, report = loaded
-    missing = sorted(report["missing_keys"])
+    refuse_missing(folder, report["missing_keys"])
+    return model.to(device).eval()
+
+
+def refuse_missing(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Refuses a folder in which Transformers did not find all of the model's tensors."""
+    missing = sorted(names)
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} tensors of the model, such as {missing[0]}")
-    return model.to(device).eval()
 
 
 def _config_dict(model: Any, config: Any, source: str | os.PathLike[str] | None) -> dict[str, Any]:

@@ -12,12 +12,11 @@ import torch
 from marlin_qqq.checkpoint.config import QuantizationSettings, read_quantization_config
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.tensors import TensorFolder, TensorInfo
-from marlin_qqq.packing import QQQWeight
+from marlin_qqq.packing import GROUP_SIZE, PER_CHANNEL, TILE_IN_FEATURES, TILE_OUT_FEATURES, QQQWeight
 from marlin_qqq.quantization import check_and_repair
 
 # Names of a quantised module's tensors on disk, both flavours.
 PACKED, CHANNEL_SCALE, GROUP_SCALE, BIAS = "B", "s_channel", "s_group", "bias"
-GROUP = 128
 # int32 sums of K products of int8 cannot overflow below this (docs/format.md).
 MAX_IN_FEATURES = 132_103
 logger = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ class Checkpoint:
         if module is None:
             raise CheckpointError(f"{self.folder.directory} has no quantised module {name}")
         tensors = {part: self.folder.read(f"{name}.{part}") for part in (PACKED, CHANNEL_SCALE)}
-        if module.group_size == GROUP:
+        if module.group_size == GROUP_SIZE:
             group_scale = self.folder.read(f"{name}.{GROUP_SCALE}")
         else:
             group_scale = torch.empty(0, dtype=torch.float16)
@@ -130,12 +129,12 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 def _describe(name: str, tensors: Mapping[str, TensorInfo], settings: QuantizationSettings) -> QuantizedModule:
     packed = tensors[f"{name}.{PACKED}"]
     _check_dtype(packed, (torch.int32,))
-    if len(packed.shape) != 2 or packed.shape[0] < 1 or packed.shape[1] < 128 or packed.shape[1] % 128:
+    if len(packed.shape) != 2 or 0 in packed.shape or packed.shape[1] % (2 * TILE_OUT_FEATURES):
         raise CheckpointError(
-            f"{packed.name} has shape {list(packed.shape)}; [in_features / 16, 2 * out_features] with out_features a "
-            "multiple of 64 is needed"
+            f"{packed.name} has shape {list(packed.shape)}; [in_features / {TILE_IN_FEATURES}, 2 * out_features] with "
+            f"out_features a multiple of {TILE_OUT_FEATURES} is needed"
         )
-    in_features, out_features = packed.shape[0] * 16, packed.shape[1] // 2
+    in_features, out_features = packed.shape[0] * TILE_IN_FEATURES, packed.shape[1] // 2
     if in_features > MAX_IN_FEATURES:
         raise CheckpointError(
             f"{packed.name}: in_features is {in_features}; at most {MAX_IN_FEATURES} keeps sums in int32"
@@ -152,30 +151,30 @@ def _describe(name: str, tensors: Mapping[str, TensorInfo], settings: Quantizati
     group_scale = tensors.get(f"{name}.{GROUP_SCALE}")
     grouped = group_scale is not None and 0 not in group_scale.shape
     if group_scale is not None and grouped:
-        if settings.group_size != GROUP:
+        if settings.group_size != GROUP_SIZE:
             raise CheckpointError(
                 f"{group_scale.name} has shape {list(group_scale.shape)}, but {settings.source or 'the configuration'} "
                 f"says group_size {settings.group_size}: one scale a channel, no group scales"
             )
-        if in_features % GROUP:
+        if in_features % GROUP_SIZE:
             raise CheckpointError(
-                f"{packed.name}: in_features is {in_features}; groups of {GROUP} need a multiple of it"
+                f"{packed.name}: in_features is {in_features}; groups of {GROUP_SIZE} need a multiple of it"
             )
         _check_dtype(group_scale, (torch.float16,))
-        _check_shape(group_scale, (in_features // GROUP, out_features))
-    elif settings.group_size == GROUP and in_features != GROUP:
-        # With in_features == 128 HandH1998/QQQ packs one scale a channel whatever the configuration says.
+        _check_shape(group_scale, (in_features // GROUP_SIZE, out_features))
+    elif settings.group_size == GROUP_SIZE and in_features != GROUP_SIZE:
+        # With one group of inputs HandH1998/QQQ packs one scale a channel whatever the configuration says.
         raise CheckpointError(
-            f"{name} has no {GROUP_SCALE}, but {settings.source or 'the configuration'} says group_size {GROUP}"
+            f"{name} has no {GROUP_SCALE}, but {settings.source or 'the configuration'} says group_size {GROUP_SIZE}"
         )
 
     bias = tensors.get(f"{name}.{BIAS}")
     if bias is not None:
         _check_dtype(bias, _FLOAT_DTYPES)
-        # QQQLinear pads out_features to a tile of 64, and leaves the bias as long as the layer really is.
-        if len(bias.shape) != 1 or not out_features - 64 < bias.shape[0] <= out_features:
+        # QQQLinear pads out_features to a tile, and leaves the bias as long as the layer really is.
+        if len(bias.shape) != 1 or not out_features - TILE_OUT_FEATURES < bias.shape[0] <= out_features:
             raise CheckpointError(f"{bias.name} has shape {list(bias.shape)}; {[out_features]} is needed")
-    return QuantizedModule(name, in_features, out_features, GROUP if grouped else -1, bias is not None)
+    return QuantizedModule(name, in_features, out_features, GROUP_SIZE if grouped else PER_CHANNEL, bias is not None)
 
 
 def _check_dtype(info: TensorInfo, allowed: Iterable[torch.dtype]) -> None:

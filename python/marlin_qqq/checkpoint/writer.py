@@ -5,7 +5,6 @@ The folder itself is written as `<name>.partial` and renamed when it is complete
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -16,13 +15,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from marlin_qqq._files import atomic_write, write_json_atomically
+from marlin_qqq.checkpoint.config import SIDE_FILES
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.tensors import INDEX_FILE, SINGLE_FILE
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 # Tokenizer, generation settings, chat template, licence: data that a loader reads. Not code, not weights, not pickles.
 COPIED_SUFFIXES = (".json", ".jsonl", ".txt", ".model", ".jinja", ".tiktoken", ".md")
-_NEVER_COPIED = ("config.json", INDEX_FILE, "quant_config.json", "quantize_config.json", "pytorch_model.bin.index.json")
+_NEVER_COPIED = ("config.json", *SIDE_FILES, INDEX_FILE, "pytorch_model.bin.index.json")
 # A side file of this size is no tokenizer; it is left behind and reported.
 _MAX_COPIED_BYTES = 512 * 1024 * 1024
 
@@ -62,13 +63,6 @@ def plan_shards(sizes: Iterable[tuple[str, int]], max_shard_bytes: int = DEFAULT
     ]
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON object atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _replace(temporary, path)
-
-
 def model_config(
     config: Mapping[str, Any], dtype: str | None, quantization_config: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -94,9 +88,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             value = value.clone()
         seen.add(value.untyped_storage().data_ptr())
         contiguous[name] = value
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(contiguous, temporary, metadata={"format": "pt"})
-    _replace(temporary, path)
+    with atomic_write(path) as temporary:
+        save_file(contiguous, temporary, metadata={"format": "pt"})
 
 
 def write_index(directory: Path, shards: list[Shard]) -> None:
@@ -105,7 +98,8 @@ def write_index(directory: Path, shards: list[Shard]) -> None:
         return
     weight_map = {name: shard.file_name for shard in shards for name in shard.tensors}
     total = sum(shard.num_bytes for shard in shards)
-    write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json_atomically(directory / INDEX_FILE, index, sort_keys=True)
 
 
 def partial_directory(directory: Path) -> Path:
@@ -143,13 +137,6 @@ def copy_side_files(source: Path, destination: Path) -> list[str]:
         if path.name.startswith(".") or path.suffix not in COPIED_SUFFIXES or path.stat().st_size > _MAX_COPIED_BYTES:
             left_behind.append(path.name)
             continue
-        temporary = destination / (path.name + ".tmp")
-        shutil.copyfile(path, temporary)
-        _replace(temporary, destination / path.name)
+        with atomic_write(destination / path.name) as temporary:
+            shutil.copyfile(path, temporary)
     return left_behind
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    with temporary.open("rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)

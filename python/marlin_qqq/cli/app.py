@@ -65,14 +65,9 @@ def _run(name: str, arguments: list[str]) -> None:
 def _show_version(wanted: bool) -> None:
     if not wanted:
         return
-    from importlib.metadata import PackageNotFoundError, version
+    from marlin_qqq._version import __version__
 
-    try:
-        typer.echo(f"marlin-qqq {version('marlin-qqq')}")
-    except PackageNotFoundError:  # run from the source tree
-        import marlin_qqq
-
-        typer.echo(f"marlin-qqq {getattr(marlin_qqq, '__version__', 'unknown')} (not installed)")
+    typer.echo(f"marlin-qqq {__version__}")
     raise typer.Exit
 
 

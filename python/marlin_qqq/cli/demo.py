@@ -166,7 +166,8 @@ def read_source(
         import transformers
     except ImportError as error:
         raise CliError(
-            f"the demo needs Transformers ({error}); install it with: pip install 'marlin-qqq[transformers]'"
+            f"the demo needs Transformers ({error}); in a clone: pip install '.[transformers]', elsewhere: "
+            "pip install 'transformers>=5' tokenizers"
         ) from error
     from marlin_qqq.model_folder import load_model, load_tokenizer, read_tokens
 
@@ -193,14 +194,11 @@ def read_source(
 
 
 def _refuse_quantized(folder: Path) -> None:
-    from marlin_qqq.checkpoint import read_json_object
-    from marlin_qqq.checkpoint.config import SIDE_FILES
+    from marlin_qqq.checkpoint.config import find_quantization_config
 
     if not (folder / "config.json").is_file():
         raise CliError(f"{folder} has no config.json: it is no Hugging Face model folder")
-    if read_json_object(folder / "config.json").get("quantization_config") or any(
-        (folder / name).exists() for name in SIDE_FILES
-    ):
+    if find_quantization_config(folder) is not None:
         raise CliError(f"{folder} is quantised already; the demo starts from an fp16, bf16 or fp32 model")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from marlin_qqq._files import write_json_atomically
 
 if TYPE_CHECKING:
     from marlin_qqq.verify import VerificationReport
@@ -91,6 +92,4 @@ def _write_json(path: Path, report: VerificationReport) -> None:
         }
         for layer in report.layers
     ]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({"layers": layers, "problems": list(report.problems)}, indent=2) + "\n")
-    temporary.replace(path)
+    write_json_atomically(path, {"layers": layers, "problems": list(report.problems)})

@@ -11,11 +11,12 @@ from typing import Literal
 
 import torch
 
-from marlin_qqq.checkpoint.config import QuantizationSettings
+from marlin_qqq.checkpoint.config import SUPPORTED_GROUP_SIZES, QuantizationSettings
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.reader import natural_key
 from marlin_qqq.checkpoint.writer import DEFAULT_SHARD_BYTES, Shard, plan_shards
 from marlin_qqq.convert.source import LinearLayer, Source, open_source
+from marlin_qqq.packing import GROUP_SIZE, TILE_IN_FEATURES
 
 OutputDtype = Literal["auto", "float16", "bfloat16"]
 METHODS = ("rtn", "gptq")
@@ -49,7 +50,7 @@ class ConversionOptions:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.group_size not in (None, 128, -1):
+        if self.group_size not in (None, *SUPPORTED_GROUP_SIZES):
             raise CheckpointError(f"group_size is {self.group_size!r}; allowed: 128, or -1 for one scale a channel")
         if self.method not in METHODS:
             raise CheckpointError(f"method is {self.method!r}; allowed: {', '.join(METHODS)}")
@@ -144,7 +145,7 @@ def plan_conversion(source: Path, destination: Path, options: ConversionOptions)
             raise CheckpointError(
                 f"method is gptq, but the source is {opened.kind} already: its codes are repacked, not searched"
             )
-    settings = QuantizationSettings(128 if group_size is None else group_size, _skip_list(opened, options))
+    settings = QuantizationSettings(GROUP_SIZE if group_size is None else group_size, _skip_list(opened, options))
     dtype = _output_dtype(opened, options.dtype)
     units = _units(opened, settings.group_size, dtype)
     sizes = [
@@ -160,11 +161,11 @@ def layer_tensors(
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The tensors that a quantised layer has on disk."""
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        f"{layer.name}.B": (torch.int32, (layer.in_features // 16, 2 * layer.out_features)),
+        f"{layer.name}.B": (torch.int32, (layer.in_features // TILE_IN_FEATURES, 2 * layer.out_features)),
         f"{layer.name}.s_channel": (torch.float32, (1, layer.out_features)),
     }
-    if group_size == 128:
-        tensors[f"{layer.name}.s_group"] = (torch.float16, (layer.in_features // 128, layer.out_features))
+    if group_size == GROUP_SIZE:
+        tensors[f"{layer.name}.s_group"] = (torch.float16, (layer.in_features // GROUP_SIZE, layer.out_features))
     if bias_dtype is not None:
         tensors[f"{layer.name}.bias"] = (bias_dtype, (layer.out_features,))
     return tensors

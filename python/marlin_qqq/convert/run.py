@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from marlin_qqq._files import TEMPORARY_SUFFIX, write_json_atomically
 from marlin_qqq.checkpoint.config import read_json_object
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.tensors import read_header
@@ -30,7 +31,6 @@ from marlin_qqq.checkpoint.writer import (
     publish,
     refuse_existing,
     write_index,
-    write_json,
     write_tensors,
 )
 from marlin_qqq.convert.calibration import BlockwiseCalibration, calibration_tokens
@@ -99,7 +99,9 @@ def run_conversion(
         write_index(folder, plan.written_shards())
         left_behind = copy_side_files(plan.source.directory, folder)
         dtype = str(plan.dtype).removeprefix("torch.")
-        write_json(folder / "config.json", model_config(plan.source.config, dtype, plan.settings.to_dict()))
+        write_json_atomically(
+            folder / "config.json", model_config(plan.source.config, dtype, plan.settings.to_dict()), sort_keys=True
+        )
         (folder / _STATE_FILE).unlink()
         publish(folder, plan.destination)
     return ConversionResult(
@@ -249,14 +251,14 @@ def _claim(folder: Path, plan: ConversionPlan) -> Iterator[None]:
                     "pass restart"
                 )
             else:  # nothing is lost
-                write_json(state_path, {"fingerprint": fingerprint})
+                write_json_atomically(state_path, {"fingerprint": fingerprint})
         elif any(folder.iterdir()):
             raise CheckpointError(
                 f"{folder} exists and is no unfinished conversion; remove it or name another destination"
             )
         else:
-            write_json(state_path, {"fingerprint": fingerprint})
-        for leftover in folder.glob("*.tmp"):
+            write_json_atomically(state_path, {"fingerprint": fingerprint})
+        for leftover in folder.glob(f"*{TEMPORARY_SUFFIX}"):
             leftover.unlink()
         yield
     finally:

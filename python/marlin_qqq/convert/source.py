@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from marlin_qqq.checkpoint.config import QUANT_METHOD, read_json_object
+from marlin_qqq.checkpoint.config import SUPPORTED_GROUP_SIZES, find_quantization_config, read_json_object
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.reader import Checkpoint, natural_key
 from marlin_qqq.checkpoint.tensors import TensorFolder
@@ -84,23 +84,20 @@ def open_source(directory: Path, skip: Iterable[str] = ()) -> Source:
             does not know.
     """
     config = read_json_object(directory / "config.json")
-    quantization = config.pop("quantization_config", None)
-    if quantization is None and (directory / "quantize_config.json").exists():
-        quantization = read_json_object(directory / "quantize_config.json")
+    config.pop("quantization_config", None)
+    found = find_quantization_config(directory)
     folder = TensorFolder(directory)
     skip = tuple(skip)
-    if quantization is None:
+    if found is None:
         return _float_source(directory, config, folder, skip)
-    if not isinstance(quantization, dict):
-        raise CheckpointError(
-            f"quantization_config in {directory} is a {type(quantization).__name__}; an object is needed"
-        )
-    method = quantization.get("quant_method", quantization.get("method", "gptq"))
-    if method == QUANT_METHOD:
+    if found.is_qqq:
         return _qqq_source(directory, config, folder)
-    if method == "gptq":
-        return _gptq_source(directory, config, folder, quantization, skip)
-    raise CheckpointError(f"{directory} is quantised with {method!r}; convertible: unquantised, 'gptq' (4 bits), 'qqq'")
+    # The oldest GPTQ folders name no method.
+    if found.method == "gptq" or (found.method is None and "bits" in found.fields):
+        return _gptq_source(directory, config, folder, dict(found.fields), skip)
+    raise CheckpointError(
+        f"{found.source}: quantised with {found.method!r}; convertible: unquantised, 'gptq' (4 bits), 'qqq'"
+    )
 
 
 def _float_source(directory: Path, config: dict[str, Any], folder: TensorFolder, skip: tuple[str, ...]) -> Source:
@@ -137,7 +134,7 @@ def _gptq_source(
     directory: Path, config: dict[str, Any], folder: TensorFolder, quantization: dict[str, Any], skip: tuple[str, ...]
 ) -> Source:
     bits, group_size = quantization.get("bits"), quantization.get("group_size")
-    if bits != 4 or group_size not in (128, -1):
+    if bits != 4 or group_size not in SUPPORTED_GROUP_SIZES:
         raise CheckpointError(
             f"{directory}: GPTQ with {bits} bits, group_size {group_size}; 4 bits, 128 or -1 are convertible"
         )
@@ -188,7 +185,8 @@ def build_empty_model(config: Mapping[str, Any], directory: Path) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise CheckpointError(
-            "transformers is needed to know a model's layers: pip install marlin-qqq[transformers]"
+            "transformers is needed to know a model's layers; in a clone: pip install '.[transformers]', elsewhere: "
+            "pip install 'transformers>=5' tokenizers"
         ) from error
     model_type = config.get("model_type")
     try:

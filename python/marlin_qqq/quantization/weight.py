@@ -27,7 +27,7 @@ from marlin_qqq.packing import (
 # The largest int8 weight that a group scale aims at.
 INT8_MAX = 127.0
 # Products q * s_group that every implementation rounds to int8 exactly, upstream's fp16 arithmetic included; further
-# out the byte wraps around (-135.47 becomes +113).
+# out the byte wraps around, to another value in upstream's kernels than in ours (docs/format.md).
 PRODUCT_MIN = -128.25  # inclusive
 PRODUCT_MAX = 127.5  # exclusive
 # Codes of the per-channel mode are 4-bit; its int8 weight is 16 times the code.

@@ -138,11 +138,11 @@ class MarlinGemm(Implementation):
             check=reference.compare,
             bytes_moved=problem.bytes_moved,
             operations=problem.operations,
-            extra=_plan_of(problem, context) if not self.environment else {},
+            extra=_plan_of(problem, self.variant, context) if not self.environment else {},
         )
 
 
-def _plan_of(problem: GemmProblem, context: Context) -> dict[str, str]:
+def _plan_of(problem: GemmProblem, variant: Variant, context: Context) -> dict[str, str]:
     """The planner's choice as text, where the planner knows the device's architecture."""
     if not context.device.startswith("cuda"):
         return {}
@@ -153,7 +153,12 @@ def _plan_of(problem: GemmProblem, context: Context) -> dict[str, str]:
     major, minor = torch.cuda.get_device_capability(context.device)
     try:
         plan = marlin_qqq.plan(
-            problem.num_tokens, problem.out_features, problem.in_features, problem.group_size, f"sm_{major}{minor}"
+            problem.num_tokens,
+            problem.out_features,
+            problem.in_features,
+            problem.group_size,
+            f"sm_{major}{minor}",
+            constant_weights=variant.constant_weights,
         )
     except (ImportError, RuntimeError, ValueError):  # no introspection in this build, or another architecture
         return {}
