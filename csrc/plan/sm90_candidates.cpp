@@ -98,19 +98,28 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   const auto stages = static_cast<double>(divide_up(problem.in_features / 128, total_split));
   const double whole_stages = whole_rounds * static_cast<double>(problem.in_features / 128);
   const double second_product = tile.blocks - 1;
-  const double channel_latency = tile.warp_rings()
-                                     ? model.warp_channel_stage_latency
-                                     : model.channel_stage_latency + second_product * model.channel_product_latency;
+  const double later_octets = tokens / 8 - 1;
+  const double channel_latency =
+      tile.warp_rings() ? model.warp_channel_stage_latency + later_octets * model.warp_channel_octet_latency
+                        : model.channel_stage_latency + second_product * model.channel_product_latency;
   const double group_latency = tile.warp_rings()
-                                   ? model.warp_group_stage_latency
+                                   ? model.warp_group_stage_latency + later_octets * model.warp_group_octet_latency
                                    : model.group_stage_latency + second_product * model.group_product_latency;
   const double latency =
       std::max(((grouped ? group_latency : channel_latency) + model.stage_latency_per_token * tokens * tile.blocks) *
                    (tile.depth_split() ? 1.0 : model.shared_ring_fraction),
                model.memory_latency / tile.stages);
   const double ring_stages = std::ceil(stages / tile.rings());
-  // Of a ring's stages, what is dequantised while the launch before ends.
-  const double ahead = std::min<double>(ring_stages, sm90_stages_ahead(problem, plan));
+  // How much of another launch finds multiprocessors beside this one. Where its blocks do not all, the launch ends with
+  // those that start late.
+  const bool fits_beside = tile.blocks_per_sm == 1 && 2 * works <= slots;
+  double beside = fits_beside ? 1.0 : 0.0;
+  if (tile.blocks_per_sm == 1 && !fits_beside && works < slots) {
+    beside = model.unfit_fraction * std::pow(static_cast<double>(slots - works) / works, model.unfit_power);
+  }
+  // Of a ring's stages, what is dequantised while the launch before ends, by all blocks or by those that find room.
+  const double ahead = std::min<double>(ring_stages, sm90_stages_ahead(problem, plan)) *
+                       (fits_beside ? 1.0 : model.ahead_unfit_fraction);
   const double mainloop = norm((whole_stages + last_rounds * stages) *
                                    overlapped(slice, grouped ? model.group_unit_norm : model.channel_unit_norm),
                                (whole_stages + last_waves * ring_stages) * latency, model.latency_norm) *
@@ -120,7 +129,10 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   double ending = tile.depth_split() ? model.depth_wave_cycles : model.wave_cycles;
   double tail = model.launch_cycles;
   if (tile.depth_split() || plan.scratch_split > 1) {
-    ending += outputs * 4 * tile.rings() / model.reduction_bytes_per_cycle;
+    ending += outputs * 4 * tile.rings() /
+              (tile.warp_rings()   ? model.warp_apart_bytes_per_cycle
+               : tile.sums_apart() ? model.apart_bytes_per_cycle
+                                   : model.reduction_bytes_per_cycle);
   } else {
     tail += outputs / plan.split / model.epilogue_outputs_per_cycle;  // the stores before the last tile's are hidden
   }
@@ -136,10 +148,7 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   }
   // Half a grid: two launches share the multiprocessors, and one fetches its weights while the other multiplies. Of
   // more than half, a part of the next launch's blocks does.
-  const int64_t blocks = works * cluster_size;
-  if (tile.blocks_per_sm == 1 && blocks < usable_sms) {
-    tail -= model.neighbour_cycles * std::min(1.0, static_cast<double>(usable_sms - blocks) / blocks);
-  }
+  tail -= model.neighbour_cycles * beside;
   // Warpgroups that take turns hide it behind each other's products, but for the last one.
   const double waves = whole_rounds + last_waves;
   const double endings =

@@ -240,6 +240,7 @@ constexpr Problem kModelProblems[] = {{1, 4096, 4096, -1},
                                       {16, 4096, 4096, 128},
                                       {64, 8192, 21760, 128},
                                       {2048, 4096, 14336, -1},
+                                      {1, 2560, 4096, 128, /*quantizes=*/false, /*constant_weights=*/true},
                                       {16, 12288, 4096, -1, /*quantizes=*/false, /*constant_weights=*/true},
                                       {16, 12288, 4096, 128, /*quantizes=*/false, /*constant_weights=*/true}};
 
@@ -404,8 +405,8 @@ TEST_P(EveryArchitecture, BlocksThatShareTilesAllHaveAPart) {
         for (const Plan& candidate : plan::candidates(problem, device, Family::kSm80)) {
           if (candidate.split * candidate.scratch_split == 1) continue;
           num_uneven += candidate.scratch_split > 1;
-          const int64_t tiles = divide_up(num_tokens, candidate.tile_tokens) *
-                                divide_up(out_features, candidate.tile_features);
+          const int64_t tiles =
+              divide_up(num_tokens, candidate.tile_tokens) * divide_up(out_features, candidate.tile_features);
           const int64_t units = in_features / plan::kSm80Tiles[candidate.tile].depth;
           const int64_t shared_tiles = tiles - plan::sm80_whole_tiles(tiles, candidate.grid, /*shares=*/true);
           ASSERT_GE(shared_tiles * units, candidate.grid)
