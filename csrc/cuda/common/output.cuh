@@ -37,7 +37,8 @@ __device__ __forceinline__ float bias_value(uint32_t bits, bool bfloat16) {
 }
 
 // Channel scales and biases of four neighbouring features, and what they make of sums. A kernel fetches them before its
-// sums are there. `column` is a multiple of four; `bias` may be null.
+// sums are there, from L2: L1 may hold what they were before the kernel ahead, which ran meanwhile, wrote them.
+// `column` is a multiple of four; `bias` may be null.
 struct ColumnFactors {
   float4 channel_scale;
   uint2 bias;  // four of 16 bits
@@ -49,11 +50,11 @@ struct ColumnFactors {
     // Two pairs of neighbours in the stored order: see format::stored_channel_scale_column.
     const auto first = static_cast<uint32_t>(column);
     const float2 scale01 =
-        __ldg(reinterpret_cast<const float2*>(channel_scales + format::stored_channel_scale_column(first)));
+        __ldcg(reinterpret_cast<const float2*>(channel_scales + format::stored_channel_scale_column(first)));
     const float2 scale23 =
-        __ldg(reinterpret_cast<const float2*>(channel_scales + format::stored_channel_scale_column(first + 2)));
+        __ldcg(reinterpret_cast<const float2*>(channel_scales + format::stored_channel_scale_column(first + 2)));
     channel_scale = {scale01.x, scale01.y, scale23.x, scale23.y};
-    if (has_bias) bias = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(biases) + column));
+    if (has_bias) bias = __ldcg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(biases) + column));
   }
 
   // The outputs of one token.

@@ -1,5 +1,5 @@
-// The Tensor Memory Accelerator, TMA (PTX ISA, "Data Movement and Conversion Instructions: Tensor copy"). A coordinate outside
-// the tensor reads as zero and is not written, so edges need no code.
+// The Tensor Memory Accelerator, TMA (PTX ISA, "Data Movement and Conversion Instructions: Tensor copy"). A coordinate
+// outside the tensor reads as zero and is not written, so edges need no code.
 #pragma once
 
 #include <cuda.h>

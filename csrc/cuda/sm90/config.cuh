@@ -130,7 +130,8 @@ struct Parameters {
   void* output_pointer;
   bool output_is_bfloat16;
   // Blocks with a lower number than early_blocks fetch the weights of a ring's first early_stages stages before they
-  // wait for the kernel before this one: to L2, or, if the weights are constant, into the ring. `flow` tiles: all blocks.
+  // wait for the kernel before this one: to L2, or, if the weights are constant, into the ring. `flow` tiles: all
+  // blocks.
   int early_blocks;
   int early_stages;
   bool early_into_ring;

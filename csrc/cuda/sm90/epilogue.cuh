@@ -28,7 +28,8 @@ __device__ __forceinline__ uint32_t transposed(uint32_t block) {
 }
 
 // Channel scales and biases of the features of a thread's sums, fetched before the products so that nothing waits for
-// them after. No bias is -0 (0x8000 in both output types): adding it changes no value, zeros of either sign included.
+// them after, from L2 (see ColumnFactors). No bias is -0 (0x8000 in both output types): adding it changes no value,
+// zeros of either sign included.
 template <class C>
 struct FeatureFactors {
   float channel_scale[C::kBlocks][2];
@@ -43,8 +44,8 @@ struct FeatureFactors {
         const int column =
             min(feature + chunk_feature<C::kBlocks>(warp, lane / 8) + 16 * j + 8 * b + lane / 4, p.out_features - 1);
         channel_scale[j][b] =
-            __ldg(p.channel_scale + format::stored_channel_scale_column(static_cast<uint32_t>(column)));
-        bias[j][b] = p.bias != nullptr ? __ldg(static_cast<const uint16_t*>(p.bias) + column) : 0x8000u;
+            __ldcg(p.channel_scale + format::stored_channel_scale_column(static_cast<uint32_t>(column)));
+        bias[j][b] = p.bias != nullptr ? __ldcg(static_cast<const uint16_t*>(p.bias) + column) : 0x8000u;
       }
     }
   }
@@ -322,7 +323,8 @@ __device__ __forceinline__ void add_sums_of_ring(uint32_t tile_sums, int warp, i
 // Adds the partial sums of a block's rings, and those of the cluster's blocks that share the tile. Each block finishes
 // a share of the tokens, or leaves it to the reduction kernel (whole tiles of one block each then); it sends the others
 // what it has of theirs, its rings added up. Called by the threads that multiply, when the block's sums lie in shared
-// memory and the cluster's blocks are done with their stages. A thread keeps to its four features and walks over tokens.
+// memory and the cluster's blocks are done with their stages. A thread keeps to its four features and walks over
+// tokens.
 template <class C>
 __device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t shared, const WorkTile& tile,
                                             const ColumnFactors& factors, int block_rank, int thread) {
