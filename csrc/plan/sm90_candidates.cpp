@@ -57,7 +57,9 @@ double flow_us(const Problem& problem, const DeviceProperties& device, const Pla
   }
   const double bytes_us = problem_bytes(problem) / (model.flow_bandwidth_fraction * device.memory_gb_per_s * 1e3);
   const double cycles_a_us = device.clock_ghz * 1e3;
-  return norm(cycles / cycles_a_us, bytes_us, model.flow_bandwidth_norm) + model.flow_launch_cycles / cycles_a_us;
+  const double us =
+      norm(cycles / cycles_a_us, bytes_us, model.flow_bandwidth_norm) + model.flow_launch_cycles / cycles_a_us;
+  return problem.constant_weights ? us : us - model.flow_unpromised_us;
 }
 
 }  // namespace

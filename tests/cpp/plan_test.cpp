@@ -241,6 +241,7 @@ constexpr Problem kModelProblems[] = {{1, 4096, 4096, -1},
                                       {64, 8192, 21760, 128},
                                       {2048, 4096, 14336, -1},
                                       {1, 2560, 4096, 128, /*quantizes=*/false, /*constant_weights=*/true},
+                                      {16, 12288, 4096, -1},
                                       {16, 12288, 4096, -1, /*quantizes=*/false, /*constant_weights=*/true},
                                       {16, 12288, 4096, 128, /*quantizes=*/false, /*constant_weights=*/true}};
 
