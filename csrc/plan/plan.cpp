@@ -84,7 +84,7 @@ int whole_split(const Plan& plan) { return plan.split * plan.scratch_split; }
 
 std::vector<Plan> candidates(const Problem& problem, const DeviceProperties& device, Family family_override) {
   check(problem);
-  if (problem.num_tokens == 0 || problem.out_features == 0 || problem.in_features == 0) return {};
+  if (problem.is_empty()) return {};
   std::vector<Plan> plans = family_of(device, family_override) == Family::kSm90 ? sm90_candidates(problem, device)
                                                                                 : sm80_candidates(problem, device);
   std::stable_sort(plans.begin(), plans.end(), is_better);
@@ -102,7 +102,7 @@ Plan make_plan(const Problem& problem, const DeviceProperties& device, const std
     }
   }
   const std::vector<Plan> plans = candidates(problem, device, family_override);
-  if (problem.num_tokens == 0 || problem.out_features == 0 || problem.in_features == 0) return {};
+  if (problem.is_empty()) return {};
   for (const Plan& plan : plans) {
     if (has_tile(plan, tile_override) && (split_override == 0 || whole_split(plan) == split_override)) return plan;
   }

@@ -22,6 +22,7 @@ struct Problem {
   // the product may then fetch them while the kernel before it drains.
   bool constant_weights = false;
 
+  bool is_empty() const { return num_tokens == 0 || out_features == 0 || in_features == 0; }
   bool operator==(const Problem&) const = default;
 };
 

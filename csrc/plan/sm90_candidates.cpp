@@ -86,8 +86,8 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
       features * (grouped ? model.group_dequant_cycles : model.channel_dequant_cycles) *
           (tile.warp_rings() ? model.warp_dequant_fraction : 1.0),
       (tokens * 128 / plan.multicast + features * 64) / model.feed_bytes_per_cycle};
-  const int64_t works = divide_up(problem.num_tokens, tile.tokens) *
-                        divide_up(problem.out_features, int64_t{tile.features()} * plan.multicast) * plan.scratch_split;
+  const int64_t works = tile.token_tiles(problem.num_tokens) *
+                        tile.feature_groups(problem.out_features, plan.multicast) * plan.scratch_split;
   const int slots = cluster_slots(device, cluster_size, tile.blocks_per_sm);
   if (slots == 0) return 1e30;
   // After rounds of whole tiles, if there are any, one of tiles that clusters share.
@@ -216,9 +216,8 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
           plan.threads = tile.threads();
           plan.shared_memory_bytes = tile.shared_memory_bytes();
           const int cluster_size = plan.split * multicast;
-          const int64_t works = divide_up(problem.num_tokens, tile.tokens) *
-                                divide_up(problem.out_features, int64_t{tile.features()} * multicast) *
-                                plan.scratch_split;
+          const int64_t works = tile.token_tiles(problem.num_tokens) *
+                                tile.feature_groups(problem.out_features, multicast) * plan.scratch_split;
           const int64_t slots = cluster_slots(device, cluster_size, tile.blocks_per_sm);
           if (slots == 0) continue;
           // More tiles than blocks: those walk over whole tiles in rounds, and if what is left is no more than a tile a

@@ -28,8 +28,7 @@ enum class Cooperation {
   // with mma.sync. For the fewest tokens: warps never meet before the end, and one load serves four products.
   kWarp,
   // The same, by blocks that walk over tiles: where one ends, a ring goes on with the next one's stages, so that
-  // weights
-  // arrive all the time. For the fewest tokens and more tiles than multiprocessors.
+  // weights arrive all the time. For the fewest tokens and more tiles than multiprocessors.
   kFlow,
 };
 
@@ -64,6 +63,11 @@ struct Sm90Tile {
   constexpr bool pingpong() const { return cooperation == Cooperation::kPingpong; }
   constexpr bool takes_group_scales() const { return !pingpong(); }
   constexpr bool depth_split() const { return cooperation == Cooperation::kDepth || warp_rings(); }
+  // A product's tiles: of tokens, by those of features that a cluster's blocks with the same activations take together.
+  constexpr int64_t token_tiles(int64_t num_tokens) const { return divide_up(num_tokens, tokens); }
+  constexpr int64_t feature_groups(int64_t out_features, int multicast) const {
+    return divide_up(out_features, int64_t{features()} * multicast);
+  }
   // Whether a block walks over tiles.
   constexpr bool walks() const { return !depth_split() || flows(); }
   constexpr int rings() const { return warp_rings() ? 4 * warpgroups : depth_split() ? warpgroups : 1; }

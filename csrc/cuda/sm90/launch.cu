@@ -136,8 +136,8 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   p.num_tokens = static_cast<int>(problem.num_tokens);
   p.out_features = static_cast<int>(problem.out_features);
   p.stage_count = static_cast<int>(divide_up(problem.in_features, 128));
-  p.token_tiles = static_cast<int>(divide_up(problem.num_tokens, tile.tokens));
-  p.feature_groups = static_cast<int>(divide_up(problem.out_features, tile.features() * plan.multicast));
+  p.token_tiles = static_cast<int>(tile.token_tiles(problem.num_tokens));
+  p.feature_groups = static_cast<int>(tile.feature_groups(problem.out_features, plan.multicast));
   p.token_group = std::min(8, p.token_tiles);
   p.per_slice = Divisor::of(p.token_tiles * p.feature_groups);
   p.per_group = Divisor::of(p.token_group * p.feature_groups);

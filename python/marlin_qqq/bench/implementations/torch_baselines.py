@@ -243,8 +243,8 @@ class ChainedRead(PlainRead):
 
     Under programmatic dependent launch: the weights are read before the wait, as with ``constant_weights``, then the
     activations, then as many bytes are written as the output has. Of several variants the fastest for this problem is
-    timed. What a product takes beyond that is its arithmetic and where its sums meet; from some 32 tokens on the reads of
-    activations here take longer than ours.
+    timed. What a product takes beyond that is its arithmetic and where its sums meet; from some 32 tokens on the
+    activations are read slower here than in our kernels.
     """
 
     name = "chain"
