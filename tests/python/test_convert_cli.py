@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import rewrite_config, rewrite_tensors
+from folders import rewrite_config, rewrite_tensors, save_float_folder
 from typer.testing import CliRunner, Result
 
 from marlin_qqq.checkpoint import Checkpoint
 from marlin_qqq.cli.app import app
 from marlin_qqq.cli.convert import format_bytes, parse_size
+from marlin_qqq.convert import convert
 from marlin_qqq.quantization import quantize_weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,6 +109,12 @@ def test_verify_reports_columns_to_repair(converted: Path) -> None:
         ({"model.norm.weight": torch.full((128,), float("nan")).half()}, "model.norm.weight has 128 values"),
         ({f"{LAYER}.{key}": None for key in ("B", "s_channel", "s_group")}, f"{LAYER} is missing"),
         ({"lm_head.weight": None}, "lm_head is missing"),
+        ({"model.embed_tokens.weight": None}, "model.embed_tokens.weight is missing"),
+        ({"model.embed_tokens.weight": torch.zeros(100, 128).half()},
+         "model.embed_tokens.weight has shape [100, 128], the model's has [256, 128]"),
+        ({"model.norm.weight": None}, "model.norm.weight is missing"),
+        ({"model.norm.weight": torch.ones(64).half()}, "model.norm.weight has shape [64], the model's has [128]"),
+        ({"model.norm.weight": torch.ones(128, dtype=torch.int8)}, "has dtype int8; a floating-point type is needed"),
         ({"extra.B": torch.zeros(8, 128, dtype=torch.int32), "extra.s_channel": torch.ones(1, 64),
           "extra.s_group": torch.ones(1, 64).half()}, "the model has no such layer"),
     ],
@@ -117,6 +124,65 @@ def test_verify_finds_problems(converted: Path, change: dict, message: str) -> N
     result = run("verify", converted)
     assert result.exit_code == 1
     assert message in result.stderr and "1 problems" in result.stdout
+
+
+def test_verify_lists_everything_at_once(converted: Path) -> None:
+    """Headers, values and the model's other tensors: a folder is not to be repaired one sentence at a time."""
+    names = [f"model.layers.{index}.mlp.up_proj" for index in range(2)]
+    change = {
+        f"{names[0]}.s_channel": torch.ones(1, 256).half(),
+        f"{names[0]}.s_group": torch.ones(1, 256),
+        f"{names[1]}.B": torch.zeros(8, 512, dtype=torch.int64),
+        "model.layers.0.mlp.down_proj.s_channel": torch.full((1, 128), float("nan")),
+        "model.norm.weight": None,
+    }
+    rewrite_tensors(converted, change)
+    result = run("verify", converted)
+    assert result.exit_code == 1 and "5 problems" in result.stdout
+    for message in (
+        f"{names[0]}.s_channel has dtype float16; float32",
+        f"{names[0]}.s_group has dtype float32; float16",
+        f"{names[1]}.B has dtype int64; int32",
+        "model.layers.0.mlp.down_proj: s_channel holds 128",
+        "model.norm.weight is missing",
+    ):
+        assert message in result.stderr
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_verify_compares_the_vocabulary(converted: Path) -> None:
+    rewrite_config(converted, vocab_size=0)
+    result = run("verify", converted)
+    assert result.exit_code == 1 and "the model's has [0, 128]" in result.stderr
+
+
+def test_verify_misses_biases(tmp_path: Path) -> None:
+    save_float_folder(tmp_path / "float", "qwen2")
+    convert(tmp_path / "float", tmp_path / "q", clip=False)
+    assert run("verify", tmp_path / "q").exit_code == 0
+    name = "model.layers.1.self_attn.q_proj.bias"
+    rewrite_tensors(tmp_path / "q", {name: None})
+    assert f"{name} is missing" in run("verify", tmp_path / "q").stderr
+
+
+def test_verify_knows_tied_weights(tmp_path: Path) -> None:
+    save_float_folder(tmp_path / "float", tie_word_embeddings=True)
+    convert(tmp_path / "float", tmp_path / "q", clip=False)
+    assert "lm_head.weight" not in Checkpoint(tmp_path / "q").folder
+    assert run("verify", tmp_path / "q").exit_code == 0
+    rewrite_tensors(tmp_path / "q", {"model.embed_tokens.weight": None})
+    result = run("verify", tmp_path / "q")
+    assert result.exit_code == 1 and "1 problems" in result.stdout and "is missing" in result.stderr
+
+
+def test_verify_knows_tensors_that_loaders_join(tmp_path: Path) -> None:
+    """A mixture's files hold every expert on its own under another name; loaders join them to one tensor."""
+    save_float_folder(tmp_path / "float", "mixtral")
+    convert(tmp_path / "float", tmp_path / "q", clip=False)
+    assert run("verify", tmp_path / "q").exit_code == 0
+    rewrite_tensors(tmp_path / "q", {"model.layers.0.block_sparse_moe.experts.1.w2.weight": None})
+    result = run("verify", tmp_path / "q")
+    assert result.exit_code == 1 and "model.layers.0.mlp.experts.down_proj is joined from 1 tensors" in result.stderr
 
 
 def test_names_are_not_taken_for_markup(source: Path) -> None:

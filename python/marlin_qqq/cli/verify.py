@@ -36,7 +36,7 @@ def command(
 
     if max_error is not None and against is None:
         raise typer.BadParameter("max-error needs --against")
-    count = len(Checkpoint(directory).modules)
+    count = len(Checkpoint(directory, problems=[]).modules)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("layers", total=count)
         report = verify_checkpoint(directory, against, on_layer=lambda name: bar.update(task, advance=1))
