@@ -12,11 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from folders import FAMILIES, VOCABULARY, rewrite_config, rewrite_tensors, save_float_folder
+from folders import FAMILIES, VOCABULARY, rewrite_config, rewrite_tensors, save_float_folder, tiny_model
+from safetensors import SafetensorError
 
 from marlin_qqq import quantize_model
 from marlin_qqq._files import atomic_write
-from marlin_qqq.checkpoint import Checkpoint, CheckpointError, TensorFolder, load_quantized_model
+from marlin_qqq.checkpoint import Checkpoint, CheckpointError, TensorFolder, load_quantized_model, write_checkpoint
 from marlin_qqq.checkpoint.writer import partial_directory
 from marlin_qqq.convert import ConversionOptions, ConversionPlan, convert, plan_conversion, run_conversion
 from marlin_qqq.quantization import quantize_weight
@@ -263,6 +264,62 @@ def test_two_processes_do_not_write_one_folder(source: Path, tmp_path: Path) -> 
     convert(source, tmp_path / "q")
 
 
+def test_restart_deletes_conversions_only(source: Path, tmp_path: Path) -> None:
+    partial = partial_directory(tmp_path / "q")
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("precious")
+    with pytest.raises(CheckpointError, match="no unfinished conversion"):
+        convert(source, tmp_path / "q", restart=True)
+    assert (partial / "thesis.txt").read_text() == "precious"
+
+
+def test_restart_does_not_touch_what_another_process_writes(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        convert(source, tmp_path / "q", max_shard_bytes=60_000, progress=interrupt_after(5))
+    partial = partial_directory(tmp_path / "q")
+    before = files_of(partial)
+    descriptor = os.open(partial, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(CheckpointError, match="another process"):
+        convert(source, tmp_path / "q", restart=True)
+    assert files_of(partial) == before
+    os.close(descriptor)
+    convert(source, tmp_path / "q", restart=True)
+
+
+def test_a_damaged_shard_is_named_with_the_way_out(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        convert(source, tmp_path / "q", max_shard_bytes=60_000, progress=interrupt_after(15))
+    shard = min(partial_directory(tmp_path / "q").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=rf"{shard.name} is not a valid .*; pass restart"):
+        convert(source, tmp_path / "q", max_shard_bytes=60_000)
+    convert(source, tmp_path / "q", max_shard_bytes=60_000, restart=True)
+
+
+def test_writing_a_model_leaves_a_conversion_alone(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        convert(source, tmp_path / "q", max_shard_bytes=60_000, progress=interrupt_after(15))
+    before = files_of(partial_directory(tmp_path / "q"))
+    write_checkpoint(quantize_model(tiny_model(), 128), tmp_path / "q")
+    assert files_of(partial_directory(tmp_path / "q")) == before
+
+
+def test_a_failed_write_is_a_sentence(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As safetensors says it: a full disk, a quota, a limit on a file's size."""
+
+    def fail(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half a file")
+        raise SafetensorError("I/O error: File too large (os error 27)")
+
+    monkeypatch.setattr("marlin_qqq.checkpoint.writer.save_file", fail)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be written: .*File too large"):
+        convert(source, tmp_path / "q")
+    with pytest.raises(CheckpointError, match="File too large"):
+        write_checkpoint(quantize_model(tiny_model(), 128), tmp_path / "r")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float"]
+
+
 def test_nothing_is_overwritten(source: Path, tmp_path: Path) -> None:
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "mine.txt").write_text("precious")
@@ -286,6 +343,25 @@ def test_full_disk_is_refused_before_the_work(source: Path, tmp_path: Path, monk
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(CheckpointError, match="1000 free"):
         convert(source, tmp_path / "q", progress=interrupt_after(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["float"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration": Path("nowhere.txt")}, r"nowhere\.txt is not readable"),
+        ({"sequence_length": 10**6}, "at least one sequence of 1000000"),
+        ({"device": "foo"}, r"device is 'foo'; allowed: auto, cpu, cuda"),
+        ({"device": "cuda:99"}, "device is 'cuda:99'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_there_is_a_folder(
+    source: Path, tmp_path: Path, text: Path, options: dict, message: str
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match=message):
+        convert(source, tmp_path / "q", **gptq_options(text) | options)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -353,7 +429,7 @@ def test_weight_that_is_not_finite(source: Path, tmp_path: Path) -> None:
     rewrite_tensors(source, {"model.layers.1.mlp.up_proj.weight": torch.full((256, 128), float("nan")).half()})
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj: weight holds 32768 NaN"):
         convert(source, tmp_path / "q")
-    assert not (tmp_path / "q").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["float"]
 
 
 @pytest.mark.parametrize("side_file", ["quant_config.json", "quantize_config.json"])

@@ -40,6 +40,20 @@ def test_dry_run_writes_nothing(source: Path) -> None:
     assert sorted(source.parent.rglob("*")) == before
 
 
+def test_dry_run_finds_what_the_run_would_refuse(source: Path, tmp_path: Path) -> None:
+    result = run(
+        "convert", source, tmp_path / "q", "--dry-run", "--method", "gptq", "--calibration", tmp_path / "no.txt"
+    )
+    assert result.exit_code == 1 and "no.txt is not readable" in result.stderr
+
+
+def test_devices_are_checked_before_anything_is_read(tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere"
+    for arguments in (("convert", missing, tmp_path / "q"), ("perplexity", missing, "--text", missing)):
+        result = run(*arguments, "--device", "foo")
+        assert result.exit_code == 1 and "device is 'foo'; allowed: auto, cpu, cuda, cuda:INDEX" in result.stderr
+
+
 def test_convert_shows_peak_memory_and_progress(source: Path) -> None:
     result = run("convert", source, source.with_name("q"), "--group-size", "-1", "--skip", "o_proj")
     assert result.exit_code == 0

@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
+from marlin_qqq._devices import check_device
 from marlin_qqq.bench.presets import REFERENCE_SHAPES, Layer, model_layers, parse_integers, parse_shape
 from marlin_qqq.bench.problem import GROUP_128, PER_CHANNEL
-from marlin_qqq.bench.runner import METHODS, Settings, check_device
+from marlin_qqq.bench.runner import METHODS, Settings
 
 ModelOption = Annotated[
     str | None, typer.Option(help="Shapes of a model's linear layers (see `bench models`), or `reference`.")

@@ -17,7 +17,7 @@ def command(
     window: Annotated[int, typer.Option(help="Tokens that are predicted in one pass.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Use only the first tokens of the text.")] = None,
     batch_size: Annotated[int, typer.Option(help="Windows in one pass.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:INDEX or auto.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float16, bfloat16 or float32.")] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -25,12 +25,14 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
+    from marlin_qqq._devices import check_device
     from marlin_qqq.cli.app import CliError
     from marlin_qqq.evaluation import measure_perplexity, num_windows
     from marlin_qqq.model_folder import load_model, load_tokenizer, read_tokens
 
     if dtype not in ("auto", "float16", "bfloat16", "float32"):
         raise CliError(f"dtype is {dtype!r}; allowed: auto, float16, bfloat16, float32")
+    device = check_device(device)
     tokenizer = load_tokenizer(directory)
     tokens = read_tokens(tokenizer, text)[:max_tokens]
     model = load_model(directory, device=device, dtype=dtype)

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from marlin_qqq._devices import NoDevice, check_device
 from marlin_qqq.checkpoint.config import SUPPORTED_GROUP_SIZES, QuantizationSettings
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.reader import natural_key
@@ -35,7 +36,7 @@ class ConversionOptions:
         skip: modules to leave as they are, besides the output embeddings: names or whole dotted parts of names.
         dtype: of the tensors that are not quantised; "auto" keeps float16 and bfloat16 and turns float32 into float16.
         max_shard_bytes: a larger output is split.
-        device: where quantisation computes.
+        device: where quantisation computes: cpu, cuda, cuda:INDEX or auto.
     """
 
     group_size: int | None = None
@@ -63,6 +64,10 @@ class ConversionOptions:
         for name in ("num_samples", "sequence_length", "max_shard_bytes"):
             if getattr(self, name) < 1:
                 raise CheckpointError(f"{name} is {getattr(self, name)}; at least 1 is needed")
+        try:
+            object.__setattr__(self, "device", check_device(self.device))
+        except NoDevice as error:
+            raise CheckpointError(str(error)) from error
 
 
 @dataclass(frozen=True)
