@@ -98,13 +98,23 @@ def _check_layer(checkpoint: Checkpoint, module: QuantizedModule, original: Tens
     weight = original.read(name)
     if not weight.is_floating_point() or weight.dim() != 2:
         raise CheckpointError(f"{name} of {original.directory} is {weight.dtype} {list(weight.shape)}, no float weight")
+    wrong = int((~torch.isfinite(weight)).sum())
+    if wrong:
+        raise CheckpointError(f"{name} of {original.directory} holds {wrong} NaN or infinite values")
     quantized = dequantize_weight(loaded.weight)[: weight.shape[0], : weight.shape[1]]
     if quantized.shape != weight.shape:
         raise CheckpointError(f"{module.name} has weights {list(quantized.shape)}, the original {list(weight.shape)}")
-    difference = quantized - weight.float()
-    norm = torch.linalg.vector_norm(weight.float())
-    relative = float(torch.linalg.vector_norm(difference) / norm) if norm > 0 else float(difference.abs().max() > 0)
-    return LayerReport(module, loaded.repaired_columns, relative, float(difference.abs().max()))
+    difference = quantized - weight
+    # In fp64, where squares of large weights do not overflow.
+    norm = torch.linalg.vector_norm(weight, dtype=torch.float64)
+    error = torch.linalg.vector_norm(difference, dtype=torch.float64)
+    largest = float(difference.abs().max())
+    relative = float(error / norm) if norm > 0 else float(largest > 0)
+    if not math.isfinite(relative):
+        raise CheckpointError(
+            f"{name} of {original.directory} has weights up to {weight.abs().max():.3g}: no comparison"
+        )
+    return LayerReport(module, loaded.repaired_columns, relative, largest)
 
 
 def _check_copied(folder: TensorFolder, name: str) -> list[str]:

@@ -12,7 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from folders import FAMILIES, VOCABULARY, rewrite_config, rewrite_tensors, save_float_folder, tiny_model
+from folders import (
+    FAMILIES,
+    VOCABULARY,
+    rewrite_config,
+    rewrite_tensors,
+    save_float_folder,
+    save_gptq_folder,
+    tiny_model,
+)
 from safetensors import SafetensorError
 
 from marlin_qqq import quantize_model
@@ -430,6 +438,46 @@ def test_weight_that_is_not_finite(source: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj: weight holds 32768 NaN"):
         convert(source, tmp_path / "q")
     assert [path.name for path in tmp_path.iterdir()] == ["float"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.bias"],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_copied_tensor_that_is_not_finite(tmp_path: Path, name: str, value: float, dtype: str) -> None:
+    """Whether it keeps its dtype or is converted."""
+    model = save_float_folder(tmp_path / "float", "qwen2")
+    broken = model.state_dict()[name].clone()
+    broken.view(-1)[:3] = value
+    rewrite_tensors(tmp_path / "float", {name: broken})
+    with pytest.raises(CheckpointError, match=rf"{name} holds 3 NaN or infinite values"):
+        convert(tmp_path / "float", tmp_path / "q", clip=False, dtype=dtype)
+
+
+def test_padded_folder_with_biases(tmp_path: Path) -> None:
+    """What save_pretrained of a padded model writes: weights of 128 outputs beside a bias of 96."""
+    sizes = {"hidden_size": 192, "head_dim": 48, "attention_bias": True, "intermediate_size": 320}
+    model = quantize_model(tiny_model(**sizes), 128)
+    model.save_pretrained(tmp_path / "padded")
+    expected = logits(load_quantized_model(tmp_path / "padded"))
+    convert(tmp_path / "padded", tmp_path / "q")
+    written = TensorFolder(tmp_path / "q").tensors
+    assert written["model.layers.0.self_attn.k_proj.bias"].shape == (96,)
+    assert written["model.layers.0.self_attn.k_proj.B"].shape == (256 // 16, 2 * 128)
+    assert torch.equal(logits(load_quantized_model(tmp_path / "q")), expected)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((7,), torch.float16), ((1, 128), torch.float16), ((128,), torch.int64)])
+def test_bias_of_another_shape_or_kind(tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    save_float_folder(tmp_path / "float", "qwen2")
+    save_gptq_folder(tmp_path / "gptq", 128)
+    name = "model.layers.0.self_attn.q_proj.bias"
+    for folder in ("float", "gptq"):
+        rewrite_tensors(tmp_path / folder, {name: torch.zeros(shape, dtype=dtype)})
+        with pytest.raises(CheckpointError, match=rf"{name} is {dtype} .*; a floating-point \[128\] is needed"):
+            plan_conversion(tmp_path / folder, tmp_path / "q", ConversionOptions())
 
 
 @pytest.mark.parametrize("side_file", ["quant_config.json", "quantize_config.json"])

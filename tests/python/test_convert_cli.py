@@ -106,6 +106,28 @@ def test_verify_shows_the_worst_layers_first(source: Path, converted: Path, tmp_
     assert run("verify", converted, "--max-error", "0.5").exit_code != 0
 
 
+def test_verify_does_not_let_nan_pass(source: Path, converted: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    weight = torch.ones(128, 256).half()
+    weight[3, 5:7] = float("nan")
+    rewrite_tensors(source, {name: weight})
+    report = tmp_path / "report.json"
+    result = run("verify", converted, "--against", source, "--max-error", "1e9", "--json", report)
+    assert result.exit_code == 1 and f"{name} of {source} holds 2 NaN or infinite values" in result.stderr
+    json.loads(report.read_text(), parse_constant=pytest.fail)
+
+
+def test_verify_fails_where_an_error_is_not_at_most_the_limit(source: Path, converted: Path) -> None:
+    assert run("verify", converted, "--against", source, "--max-error", "nan").exit_code == 1
+
+
+def test_verify_compares_large_weights(source: Path, converted: Path) -> None:
+    """Their squares overflow fp32."""
+    rewrite_tensors(source, {"model.layers.1.mlp.down_proj.weight": torch.full((128, 256), 1e30)})
+    result = run("verify", converted, "--against", source, "--max-error", "1.5")
+    assert result.exit_code == 0 and "1.0000" in result.stdout
+
+
 def test_verify_reports_columns_to_repair(converted: Path) -> None:
     weight = quantize_weight(torch.randn(256, 128), 128)
     change = {f"{LAYER}.{key}": value for key, value in weight._asdict().items()}
@@ -244,6 +266,14 @@ def test_perplexity_of_both_folders(source: Path, converted: Path, tmp_path: Pat
     assert abs(values[source] / values[converted] - 1) < 0.2
     plain = run("perplexity", converted, "--text", text, "--window", "64", "--max-tokens", "300")
     assert f"perplexity {values[converted]:.4f} over" in plain.stdout
+
+
+def test_perplexity_that_is_no_number_is_null_in_json(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some text")
+    rewrite_tensors(source, {"model.norm.weight": torch.full((128,), float("nan")).half()})
+    result = run("perplexity", source, "--text", tmp_path / "text.txt", "--json")
+    fields = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert result.exit_code == 0 and fields["perplexity"] is None and fields["loss"] is None
 
 
 def test_perplexity_refusals(converted: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -48,8 +49,8 @@ def command(
         )
     if json_output:
         fields = {
-            "perplexity": result.value,
-            "loss": result.loss,
+            "perplexity": _finite(result.value),
+            "loss": _finite(result.loss),
             "tokens": result.num_tokens,
             "seconds": result.seconds,
         }
@@ -57,3 +58,8 @@ def command(
     else:
         speed = f"{result.tokens_per_second:.0f} tokens/s on {device}"
         typer.echo(f"perplexity {result.value:.4f} over {result.num_tokens} tokens, windows of {window} ({speed})")
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity: null stands for them."""
+    return value if math.isfinite(value) else None

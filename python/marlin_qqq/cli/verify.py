@@ -43,7 +43,10 @@ def command(
     if json_file is not None:
         _write_json(json_file, report)
     _show(report, worst, against is not None)
-    bad = [layer for layer in report.layers if max_error is not None and (layer.relative_error or 0.0) > max_error]
+    bad = []
+    if max_error is not None:
+        # "not at most": a comparison with NaN is false either way, and NaN must not pass.
+        bad = [layer for layer in report.layers if not (layer.relative_error or 0.0) <= max_error]
     for layer in bad:
         typer.echo(f"{layer.module.name}: relative error {layer.relative_error:.4f} is above {max_error}", err=True)
     for problem in report.problems:

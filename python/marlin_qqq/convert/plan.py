@@ -162,7 +162,7 @@ def plan_conversion(source: Path, destination: Path, options: ConversionOptions)
 
 
 def layer_tensors(
-    layer: LinearLayer, group_size: int, bias_dtype: torch.dtype | None
+    layer: LinearLayer, group_size: int, bias: tuple[torch.dtype, tuple[int, ...]] | None
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The tensors that a quantised layer has on disk."""
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
@@ -171,8 +171,8 @@ def layer_tensors(
     }
     if group_size == GROUP_SIZE:
         tensors[f"{layer.name}.s_group"] = (torch.float16, (layer.in_features // GROUP_SIZE, layer.out_features))
-    if bias_dtype is not None:
-        tensors[f"{layer.name}.bias"] = (bias_dtype, (layer.out_features,))
+    if bias is not None:
+        tensors[f"{layer.name}.bias"] = bias
     return tensors
 
 
@@ -192,7 +192,9 @@ def _units(source: Source, group_size: int, dtype: torch.dtype) -> dict:
         size = group_size
         if source.checkpoint is not None:
             size = source.checkpoint.modules[name].group_size
-        units[name] = layer_tensors(layer, size, dtype if "bias" in layer.parts else None)
+        # Padded QQQ weights have more outputs than their layer; its bias is as long as the layer really is.
+        bias = (dtype, source.folder.tensors[layer.parts["bias"]].shape) if "bias" in layer.parts else None
+        units[name] = layer_tensors(layer, size, bias)
     return {name: units[name] for name in sorted(units, key=natural_key)}
 
 

@@ -164,10 +164,13 @@ class _Producer:
 
     def _copied(self, name: str, dtype: torch.dtype) -> Tensor:
         tensor = self.plan.source.folder.read(name)
+        wrong = int((~torch.isfinite(tensor)).sum())
+        if wrong:
+            raise CheckpointError(f"{name} holds {wrong} NaN or infinite values; all must be finite")
         if tensor.dtype == dtype:
             return tensor
         converted = tensor.to(dtype)
-        if not bool(torch.isfinite(converted).all()) and bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(converted).all()):
             raise CheckpointError(
                 f"{name} has values up to {tensor.abs().max():.4g}, beyond {dtype}: use dtype bfloat16"
             )

@@ -123,7 +123,7 @@ def _float_source(directory: Path, config: dict[str, Any], folder: TensorFolder,
             continue
         parts = {"weight": info.name}
         if f"{name}.bias" in folder:
-            parts["bias"] = f"{name}.bias"
+            parts["bias"] = _checked_bias(folder, name, out_features)
         layers[name] = LinearLayer(name, in_features, out_features, parts)
     source = Source(directory, "float", config, folder, layers, skipped, [], output_embeddings=output_embeddings)
     return _finish(source)
@@ -150,7 +150,9 @@ def _gptq_source(
                 f"{key} is {folder.tensors[key].dtype} {list(shape)}; int32 [in_features / 8, N] is needed"
             )
         in_features, out_features = shape[0] * 8, shape[1]
-        parts = {part: f"{name}.{part}" for part in (*GPTQ_PARTS, "bias") if f"{name}.{part}" in folder}
+        parts = {part: f"{name}.{part}" for part in GPTQ_PARTS if f"{name}.{part}" in folder}
+        if f"{name}.bias" in folder:
+            parts["bias"] = _checked_bias(folder, name, out_features)
         reason = _reason_to_skip(name, in_features, out_features, skip)
         if reason is None and not {"scales", "qzeros"} <= parts.keys():
             reason = "scales or qzeros is missing"
@@ -158,6 +160,15 @@ def _gptq_source(
             raise CheckpointError(f"{name} is GPTQ in the files and cannot stay so: {reason}")
         layers[name] = LinearLayer(name, in_features, out_features, parts)
     return _finish(Source(directory, "gptq", config, folder, layers, {}, [], int(group_size), quantization))
+
+
+def _checked_bias(folder: TensorFolder, name: str, out_features: int) -> str:
+    info = folder.tensors[f"{name}.bias"]
+    if info.dtype not in _FLOAT_DTYPES or info.shape != (out_features,):
+        raise CheckpointError(
+            f"{info.name} is {info.dtype} {list(info.shape)}; a floating-point [{out_features}] is needed"
+        )
+    return info.name
 
 
 def _qqq_source(directory: Path, config: dict[str, Any], folder: TensorFolder) -> Source:
