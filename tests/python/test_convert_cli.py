@@ -247,6 +247,18 @@ def test_verify_finds_another_architecture(converted: Path) -> None:
     assert result.exit_code == 1 and "the model's layer has [512, 128]" in result.stderr
 
 
+def test_verify_tries_its_output_first(tmp_path: Path) -> None:
+    result = run("verify", tmp_path / "nowhere", "--json", tmp_path)
+    assert result.exit_code == 1 and f"is a folder, not a file: '{tmp_path}'" in result.stderr
+
+
+def test_verify_writes_into_a_link(converted: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    assert run("verify", converted, "--json", tmp_path / "link.json").exit_code == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "real.json").read_text())["problems"] == []
+
+
 def test_verify_of_no_checkpoint(source: Path) -> None:
     result = run("verify", source)
     assert result.exit_code == 1 and "not a QQQ checkpoint" in result.stderr
@@ -274,6 +286,17 @@ def test_perplexity_that_is_no_number_is_null_in_json(source: Path, tmp_path: Pa
     result = run("perplexity", source, "--text", tmp_path / "text.txt", "--json")
     fields = json.loads(result.stdout, parse_constant=pytest.fail)
     assert result.exit_code == 0 and fields["perplexity"] is None and fields["loss"] is None
+
+
+@pytest.mark.parametrize(("option", "value"), [("--window", "0"), ("--batch-size", "0"), ("--max-tokens", "1")])
+def test_perplexity_numbers_that_are_too_small(tmp_path: Path, option: str, value: str) -> None:
+    result = run("perplexity", tmp_path, "--text", tmp_path / "text.txt", option, value)
+    assert result.exit_code == 2 and option in result.output
+
+
+def test_verify_shows_no_negative_number_of_layers(tmp_path: Path) -> None:
+    result = run("verify", tmp_path, "--worst", "-3")
+    assert result.exit_code == 2 and "--worst" in result.output
 
 
 def test_perplexity_refusals(converted: Path, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ def command(
         Path, typer.Argument(help="Model folder: QQQ, or any that Transformers loads from safetensors.")
     ],
     text: Annotated[Path, typer.Option(help="UTF-8 text file.")],
-    window: Annotated[int, typer.Option(help="Tokens that are predicted in one pass.")] = 512,
-    max_tokens: Annotated[int | None, typer.Option(help="Use only the first tokens of the text.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows in one pass.")] = 1,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that are predicted in one pass.")] = 512,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Use only the first tokens of the text.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows in one pass.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:INDEX or auto.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float16, bfloat16 or float32.")] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,

@@ -21,7 +21,7 @@ def command(
     max_error: Annotated[
         float | None, typer.Option(help="With --against: fail when a layer's relative error is larger.")
     ] = None,
-    worst: Annotated[int, typer.Option(help="Layers to show, the worst first; 0 shows all.")] = 20,
+    worst: Annotated[int, typer.Option(min=0, help="Layers to show, the worst first; 0 shows all.")] = 20,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here as JSON.")] = None,
 ) -> None:
     """Check a QQQ checkpoint: shapes, dtypes, finite values, int8 range, architecture; and its layers' errors.
@@ -31,11 +31,14 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
+    from marlin_qqq._files import check_writable
     from marlin_qqq.checkpoint import Checkpoint
     from marlin_qqq.verify import verify_checkpoint
 
     if max_error is not None and against is None:
         raise typer.BadParameter("max-error needs --against")
+    if json_file is not None:
+        check_writable(json_file)
     count = len(Checkpoint(directory, problems=[]).modules)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("layers", total=count)
