@@ -383,6 +383,9 @@ def test_what_cannot_work_is_refused_before_there_is_a_folder(
         ({"num_samples": 0}, "num_samples is 0"),
         ({"max_shard_bytes": 0}, "max_shard_bytes is 0"),
         ({"skip": ("model",)}, "no linear layer to quantise"),
+        ({"skip": ("",)}, r"skip is \('',\); names of modules"),
+        ({"skip": "lm_head"}, "skip is 'lm_head'; names of modules"),
+        ({"skip": ("down_proj", "nonexistent")}, "skip is 'nonexistent', which names no linear layer"),
     ],
 )
 def test_options_that_are_refused(source: Path, tmp_path: Path, options: dict, message: str) -> None:
@@ -493,6 +496,15 @@ def test_older_qqq_folders_are_rewritten(source: Path, tmp_path: Path, side_file
     assert not (tmp_path / "new" / side_file).exists()
     old, new = (tmp_path / name / "model.safetensors" for name in ("old", "new"))
     assert old.read_bytes() == new.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"skip": ("down_proj",)}, "skip is down_proj"), ({"clip": False}, "clip is off")]
+)
+def test_options_without_effect_on_a_qqq_folder(source: Path, tmp_path: Path, options: dict, message: str) -> None:
+    convert(source, tmp_path / "q")
+    with pytest.raises(CheckpointError, match=f"{message}, but the source is qqq already"):
+        convert(tmp_path / "q", tmp_path / "r", **options)
 
 
 def test_another_method_in_a_side_file_is_named(source: Path) -> None:

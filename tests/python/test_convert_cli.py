@@ -54,6 +54,27 @@ def test_devices_are_checked_before_anything_is_read(tmp_path: Path) -> None:
         assert result.exit_code == 1 and "device is 'foo'; allowed: auto, cpu, cuda, cuda:INDEX" in result.stderr
 
 
+def test_experts_are_named_as_kept(tmp_path: Path) -> None:
+    save_float_folder(tmp_path / "float", "mixtral")
+    result = run("convert", tmp_path / "float", tmp_path / "q", "--dry-run")
+    assert "kept as it is: model.layers.1.mlp.experts.gate_up_proj ([2, 512, 128]: several matrices" in result.stdout
+
+
+@pytest.mark.parametrize("command", [("convert", "{}", "q"), ("verify", "{}"), ("perplexity", "{}", "--text", "t.txt")])
+def test_a_folder_that_is_missing_is_called_so(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """Not looked for on the hub."""
+    missing = tmp_path / "nope"
+    result = run(*(word.format(missing) for word in command))
+    assert result.exit_code == 1
+    assert f"{missing} is not a folder" in result.stderr
+
+
+def test_a_configuration_that_is_missing_is_called_so(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").unlink()
+    result = run("convert", source, tmp_path / "q")
+    assert f"convert: {source}/config.json is missing or not a regular file" in result.stderr
+
+
 def test_convert_shows_peak_memory_and_progress(source: Path) -> None:
     result = run("convert", source, source.with_name("q"), "--group-size", "-1", "--skip", "o_proj")
     assert result.exit_code == 0

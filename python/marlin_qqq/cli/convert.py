@@ -97,7 +97,7 @@ def _show_plan(plan: ConversionPlan) -> None:
     source = plan.source
     typer.echo(f"{source.directory} ({source.kind}) -> {plan.destination} (QQQ, {groups})")
     typer.echo(f"{len(source.layers)} linear layers quantised, {len(source.others)} tensors copied as {plan.dtype}")
-    for name, reason in source.skipped.items():
+    for name, reason in (source.skipped | source.joined).items():
         typer.echo(f"  kept as it is: {name} ({reason})")
     for shard in plan.shards:
         typer.echo(f"  {shard.file_name}  {format_bytes(shard.num_bytes)}")

@@ -64,6 +64,8 @@ class ConversionOptions:
         for name in ("num_samples", "sequence_length", "max_shard_bytes"):
             if getattr(self, name) < 1:
                 raise CheckpointError(f"{name} is {getattr(self, name)}; at least 1 is needed")
+        if isinstance(self.skip, str) or not all(isinstance(name, str) and name.strip() for name in self.skip):
+            raise CheckpointError(f"skip is {self.skip!r}; names of modules or dotted parts of names are needed")
         try:
             object.__setattr__(self, "device", check_device(self.device))
         except NoDevice as error:
@@ -145,6 +147,11 @@ def plan_conversion(source: Path, destination: Path, options: ConversionOptions)
             raise CheckpointError(
                 f"group_size is {group_size}, but the {opened.kind} source has {opened.group_size}, and its codes keep "
                 "their groups"
+            )
+        if opened.kind == "qqq" and (options.skip or not options.clip):
+            given = f"skip is {', '.join(options.skip)}" if options.skip else "clip is off"
+            raise CheckpointError(
+                f"{given}, but the source is qqq already: what is quantised in it stays so, and no scales are searched"
             )
         if options.method == "gptq":
             raise CheckpointError(

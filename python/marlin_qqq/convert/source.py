@@ -45,6 +45,7 @@ class Source:
         skipped: linear layers that stay as they are -> the reason.
         output_embeddings: the layer that makes logits, which always stays as it is.
         others: tensors that are copied.
+        joined: parameters that hold several matrices, such as experts, and stay as they are -> a sentence.
         group_size: of a "gptq" or "qqq" source.
     """
 
@@ -59,6 +60,7 @@ class Source:
     quantization_config: dict[str, Any] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
     output_embeddings: str = "lm_head"
+    joined: dict[str, str] = field(default_factory=dict)
 
     @property
     def gptq_format(self) -> Literal["gptq", "gptq_v2"]:
@@ -82,9 +84,9 @@ def open_source(directory: Path, skip: Iterable[str] = ()) -> Source:
         CheckpointError: no config, no safetensors, another quantisation method, or an architecture that Transformers
             does not know.
     """
+    found = find_quantization_config(directory)
     config = read_json_object(directory / "config.json")
     config.pop("quantization_config", None)
-    found = find_quantization_config(directory)
     folder = TensorFolder(directory)
     skip = tuple(skip)
     if found is None:
@@ -101,6 +103,7 @@ def open_source(directory: Path, skip: Iterable[str] = ()) -> Source:
 
 def _float_source(directory: Path, config: dict[str, Any], folder: TensorFolder, skip: tuple[str, ...]) -> Source:
     model = build_empty_model(config, directory)
+    _refuse_unknown(skip, linear_modules(model))
     head = model.get_output_embeddings()
     layers, skipped, output_embeddings = {}, {}, "lm_head"
     for name, module in sorted(linear_modules(model).items(), key=lambda item: natural_key(item[0])):
@@ -126,6 +129,9 @@ def _float_source(directory: Path, config: dict[str, Any], folder: TensorFolder,
             parts["bias"] = _checked_bias(folder, name, out_features)
         layers[name] = LinearLayer(name, in_features, out_features, parts)
     source = Source(directory, "float", config, folder, layers, skipped, [], output_embeddings=output_embeddings)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 2:
+            source.joined[name] = f"{list(parameter.shape)}: several matrices in one tensor, no linear layer"
     return _finish(source)
 
 
@@ -159,7 +165,20 @@ def _gptq_source(
         if reason is not None:
             raise CheckpointError(f"{name} is GPTQ in the files and cannot stay so: {reason}")
         layers[name] = LinearLayer(name, in_features, out_features, parts)
+    _refuse_unknown(skip, layers)
     return _finish(Source(directory, "gptq", config, folder, layers, {}, [], int(group_size), quantization))
+
+
+def _refuse_unknown(skip: tuple[str, ...], layers: Iterable[str]) -> None:
+    """Refuses what names no layer: it may be misspelt, and the layer that was meant would be quantised."""
+    names = list(layers)
+    for part in skip:
+        if not any(is_skipped(name, [part]) for name in names):
+            raise CheckpointError(
+                f"skip is {part!r}, which names no linear layer of the model; they are called {names[0]} and so on"
+                if names
+                else f"skip is {part!r}, but the model has no linear layers"
+            )
 
 
 def _checked_bias(folder: TensorFolder, name: str, out_features: int) -> str:
