@@ -16,7 +16,7 @@ from marlin_qqq.checkpoint.config import read_json_object
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.reader import PACKED, Checkpoint, QuantizedModule
 from marlin_qqq.checkpoint.tensors import TensorFolder, TensorInfo
-from marlin_qqq.convert.source import build_empty_model, linear_modules
+from marlin_qqq.convert.source import build_empty_model, check_num_layers, linear_modules
 from marlin_qqq.linear import round_up
 from marlin_qqq.packing import IN_FEATURES_MULTIPLE, OUT_FEATURES_MULTIPLE
 from marlin_qqq.quantization import dequantize_weight
@@ -132,6 +132,7 @@ def _architecture_problems(checkpoint: Checkpoint) -> list[str]:
     config = read_json_object(directory / "config.json")
     config.pop("quantization_config", None)
     try:
+        check_num_layers(config, checkpoint.folder)
         model = build_empty_model(config, directory)
     except CheckpointError as error:
         return [str(error)]

@@ -97,7 +97,7 @@ def test_integer_lists(text, values):
     assert presets.parse_integers(text) == values
 
 
-@pytest.mark.parametrize("text", ["", ",", "a", "1:2:3:4", "1:4:0", "5:1"])
+@pytest.mark.parametrize("text", ["", ",", "a", "1:2:3:4", "1:4:0", "5:1", "1:100000000000"])
 def test_refused_integer_lists(text):
     with pytest.raises(ValueError):
         presets.parse_integers(text)

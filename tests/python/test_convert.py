@@ -420,6 +420,12 @@ def test_sources_that_are_refused(source: Path, tmp_path: Path) -> None:
         plan(source)
 
 
+def test_a_million_layers_are_not_built(source: Path) -> None:
+    rewrite_config(source, num_hidden_layers=10**6)
+    with pytest.raises(CheckpointError, match="num_hidden_layers is 1000000, but the files hold 21 tensors"):
+        plan(source)
+
+
 def test_without_transformers_the_sentence_says_what_to_install(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(CheckpointError, match=r"in a clone: pip install '\.\[transformers\]', elsewhere: pip install"):

@@ -213,6 +213,12 @@ def test_verify_compares_the_vocabulary(converted: Path) -> None:
     assert result.exit_code == 1 and "the model's has [0, 128]" in result.stderr
 
 
+def test_verify_does_not_build_a_million_layers(converted: Path) -> None:
+    rewrite_config(converted, num_hidden_layers=10**6)
+    result = run("verify", converted)
+    assert result.exit_code == 1 and "num_hidden_layers is 1000000" in result.stderr
+
+
 def test_verify_misses_biases(tmp_path: Path) -> None:
     save_float_folder(tmp_path / "float", "qwen2")
     convert(tmp_path / "float", tmp_path / "q", clip=False)

@@ -88,6 +88,7 @@ def open_source(directory: Path, skip: Iterable[str] = ()) -> Source:
     config = read_json_object(directory / "config.json")
     config.pop("quantization_config", None)
     folder = TensorFolder(directory)
+    check_num_layers(config, folder)
     skip = tuple(skip)
     if found is None:
         return _float_source(directory, config, folder, skip)
@@ -203,6 +204,16 @@ def _qqq_source(directory: Path, config: dict[str, Any], folder: TensorFolder) -
 def linear_modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """The linear layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def check_num_layers(config: Mapping[str, Any], folder: TensorFolder) -> None:
+    """Refuses more layers than there are tensors: to build a million of them takes hours, even without weights."""
+    count = config.get("num_hidden_layers")
+    if isinstance(count, int) and count > len(folder.tensors):
+        raise CheckpointError(
+            f"{folder.directory}/config.json: num_hidden_layers is {count}, but the files hold {len(folder.tensors)} "
+            "tensors in all"
+        )
 
 
 def build_empty_model(config: Mapping[str, Any], directory: Path) -> Any:
