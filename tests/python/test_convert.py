@@ -328,6 +328,17 @@ def test_a_failed_write_is_a_sentence(source: Path, tmp_path: Path, monkeypatch:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["float"]
 
 
+def test_a_destination_that_appears_meanwhile_costs_no_work(source: Path, tmp_path: Path) -> None:
+    def appear(name: str, num_bytes: int) -> None:
+        (tmp_path / "q").mkdir(exist_ok=True)
+        (tmp_path / "q" / "mine.txt").write_text("precious")
+
+    with pytest.raises(CheckpointError, match="not empty"):
+        convert(source, tmp_path / "q", progress=appear)
+    shutil.rmtree(tmp_path / "q")
+    assert convert(source, tmp_path / "q").resumed_shards == 1
+
+
 def test_nothing_is_overwritten(source: Path, tmp_path: Path) -> None:
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "mine.txt").write_text("precious")

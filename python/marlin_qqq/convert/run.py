@@ -99,6 +99,7 @@ def run_conversion(
         write_json_atomically(
             folder / "config.json", model_config(plan.source.config, dtype, plan.settings.to_dict()), sort_keys=True
         )
+        refuse_existing(plan.destination)  # while the folder is still one to go on with
         (folder / _STATE_FILE).unlink()
         publish(folder, plan.destination)
     return ConversionResult(
