@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Writes UTF-8 text; into a device or a pipe directly, for a rename would put a file in its place."""
     if _is_special(Path(path)):
-        Path(path).write_text(text, encoding="utf-8")
+        _write_special(Path(path), text)
         return
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -68,10 +69,29 @@ def _prepare(path: str | os.PathLike[str]) -> tuple[Path, Path]:
 
 
 def _is_special(path: Path) -> bool:
-    """A device, a pipe, or an open file of the process (/dev/stdout): nothing that may be replaced by a rename."""
+    """A device, a pipe, or an open file of this process: nothing that may be replaced by a rename."""
     try:
         mode = path.stat().st_mode
     except OSError:
         return False
-    open_file = path.is_symlink() and os.readlink(path).startswith("/proc/")
-    return open_file or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or _descriptor(path) is not None
+
+
+def _descriptor(path: Path) -> int | None:
+    """The number of the open file that /dev/stdout, /dev/fd/1 and the like stand for."""
+    if path.is_symlink() and (target := os.readlink(path)).startswith("/proc/self/fd/"):
+        path = Path(target)
+    open_files = os.path.realpath("/proc/self/fd")
+    return int(path.name) if path.name.isdecimal() and os.path.realpath(path.parent) == open_files else None
+
+
+def _write_special(path: Path, text: str) -> None:
+    descriptor = _descriptor(path)
+    if descriptor is None:
+        path.write_text(text, encoding="utf-8")
+        return
+    # Not opened anew: where it is a file, what is printed before and after has its own place in it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with os.fdopen(os.dup(descriptor), "w", encoding="utf-8") as file:
+        file.write(text)

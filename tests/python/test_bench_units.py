@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -216,19 +218,32 @@ def test_a_link_stays_a_link(tmp_path):
         assert (tmp_path / "real" / "run.json").read_text() == text
 
 
-def test_pipes_and_devices_are_written_into_and_stay(tmp_path):
-    """As root a rename would put a file in the place of /dev/null."""
-    pipe = tmp_path / "pipe"
+def test_pipes_are_written_into_and_stay(tmp_path):
+    """And devices: as root a rename would put a file in the place of /dev/null. No test touches that one."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
     os.mkfifo(pipe)
-    check_writable(pipe)
+    link.symlink_to(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    write_text_atomically(pipe, "text")
-    assert os.read(reader, 100) == b"text" and stat.S_ISFIFO(pipe.stat().st_mode)
+    for path in (pipe, link):
+        check_writable(path)
+        write_text_atomically(path, "text")
+        assert os.read(reader, 100) == b"text" and stat.S_ISFIFO(pipe.lstat().st_mode) and link.is_symlink()
     os.close(reader)
-    null = tmp_path / "null"
-    null.symlink_to("/dev/null")
-    write_text_atomically(null, "text")
-    assert null.is_symlink() and stat.S_ISCHR(null.stat().st_mode)
+
+
+@pytest.mark.parametrize("name", ["link", "/dev/fd/1", "/proc/self/fd/1"])
+def test_standard_output_keeps_what_is_printed_around(tmp_path, name):
+    """Also where it is a file. The link is one like /dev/stdout, which no test touches: a bug would replace it."""
+    if name == "link":
+        name = str(tmp_path / "link")
+        os.symlink("/proc/self/fd/1", name)
+    script = (
+        "from marlin_qqq._files import write_text_atomically\n"
+        f"print('before'); write_text_atomically({name!r}, 'text\\n'); print('after')"
+    )
+    with (tmp_path / "out.txt").open("w") as file:
+        subprocess.run([sys.executable, "-c", script], stdout=file, check=True, timeout=60)
+    assert (tmp_path / "out.txt").read_text() == "before\ntext\nafter\n"
 
 
 def test_the_umask_decides_who_reads_a_file(tmp_path):
