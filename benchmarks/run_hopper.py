@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from goals import judge, time_of
 
+from marlin_qqq._devices import check_device
 from marlin_qqq._files import write_text_atomically
 from marlin_qqq.bench.implementations import gemm_implementations
 from marlin_qqq.bench.implementations.layers import MarlinLinear
@@ -31,7 +32,7 @@ from marlin_qqq.bench.implementations.marlin import MarlinGemm
 from marlin_qqq.bench.implementations.quantize import quantize_implementations
 from marlin_qqq.bench.presets import REFERENCE_SHAPES, Layer, parse_integers, parse_shape
 from marlin_qqq.bench.results import OURS, Measurement, Run
-from marlin_qqq.bench.runner import Runner, Settings, check_device
+from marlin_qqq.bench.runner import Runner, Settings
 from marlin_qqq.bench.tables import footnotes
 
 GROUPS = (-1, 128)

@@ -27,13 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import planner_fit
 
+from marlin_qqq._devices import check_device
 from marlin_qqq._files import write_text_atomically
 from marlin_qqq.bench.check import Reference
 from marlin_qqq.bench.implementations import Context
 from marlin_qqq.bench.implementations.marlin import MarlinGemm
 from marlin_qqq.bench.presets import REFERENCE_SHAPES, Layer, parse_integers, parse_shape
 from marlin_qqq.bench.results import load_run
-from marlin_qqq.bench.runner import Runner, Settings, check_device
+from marlin_qqq.bench.runner import Runner, Settings
 from marlin_qqq.bench.tune import Candidate, ask_candidates
 
 HEADER = Path(__file__).resolve().parents[1] / "csrc" / "plan" / "sm90_model.h"

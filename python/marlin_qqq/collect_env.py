@@ -187,5 +187,11 @@ def _variables() -> Iterable[Entry]:
             yield name, "(set)" if secret else os.environ[name]
 
 
+def print_report() -> None:
+    """Prints the report, also on a terminal that lacks some of its letters: those are written as escapes."""
+    encoding = sys.stdout.encoding or "ascii"
+    print(collect_env().encode(encoding, "backslashreplace").decode(encoding))
+
+
 if __name__ == "__main__":
-    print(collect_env())
+    print_report()

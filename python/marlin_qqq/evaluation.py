@@ -5,6 +5,7 @@ Works on any Transformers causal language model, quantised or not; `marlin-qqq d
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable
@@ -159,12 +160,14 @@ def continue_greedily(
     end_tokens = model.generation_config.eos_token_id
     end_tokens = {end_tokens} if isinstance(end_tokens, int) else set(end_tokens or ())
 
+    # Transformers 5.24 renamed argument and result, and warns about the old name.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     new_ids: list[int] = []
-    cache = None
+    cache: dict[str, Any] = {}
     begin = time.perf_counter()
     while len(new_ids) < max_new_tokens:
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=ids, use_cache=True, **cache)
+        cache = {name: getattr(output, name)}
         ids = output.logits[:, -1].argmax(dim=-1, keepdim=True)
         token = int(ids.item())
         if token in end_tokens:

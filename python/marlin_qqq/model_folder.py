@@ -58,6 +58,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
     Raises:
         CheckpointError: there is none that Transformers can load.
     """
+    if not Path(directory).is_dir():  # Transformers would take it for a name on the hub
+        raise CheckpointError(f"{directory} is not a folder")
     from transformers import AutoTokenizer
 
     try:

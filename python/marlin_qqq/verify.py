@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,9 @@ import torch
 
 from marlin_qqq.checkpoint.config import read_json_object
 from marlin_qqq.checkpoint.errors import CheckpointError
-from marlin_qqq.checkpoint.reader import Checkpoint, QuantizedModule
-from marlin_qqq.checkpoint.tensors import TensorFolder
-from marlin_qqq.convert.source import build_empty_model, linear_modules
+from marlin_qqq.checkpoint.reader import PACKED, Checkpoint, QuantizedModule
+from marlin_qqq.checkpoint.tensors import TensorFolder, TensorInfo
+from marlin_qqq.convert.source import build_empty_model, check_num_layers, linear_modules
 from marlin_qqq.linear import round_up
 from marlin_qqq.packing import IN_FEATURES_MULTIPLE, OUT_FEATURES_MULTIPLE
 from marlin_qqq.quantization import dequantize_weight
@@ -66,9 +68,10 @@ def verify_checkpoint(
         >>> verify_checkpoint("TinyLlama-QQQ", against="TinyLlama").layers[0].relative_error  # doctest: +SKIP
         0.11
     """
-    checkpoint = Checkpoint(directory)
+    problems: list[str] = []
+    checkpoint = Checkpoint(directory, problems)
     original = None if against is None else TensorFolder(against)
-    problems = _architecture_problems(checkpoint)
+    problems += _architecture_problems(checkpoint)
     layers = []
     for module in checkpoint.modules.values():
         try:
@@ -78,7 +81,7 @@ def verify_checkpoint(
         if on_layer is not None:
             on_layer(module.name)
     for name in checkpoint.folder.tensors:
-        if name.rpartition(".")[0] not in checkpoint.modules:
+        if not _is_quantized(checkpoint, name.rpartition(".")[0]):
             problems.extend(_check_copied(checkpoint.folder, name))
     if original is not None:
         layers.sort(key=lambda report: -(report.relative_error or 0.0))
@@ -95,13 +98,23 @@ def _check_layer(checkpoint: Checkpoint, module: QuantizedModule, original: Tens
     weight = original.read(name)
     if not weight.is_floating_point() or weight.dim() != 2:
         raise CheckpointError(f"{name} of {original.directory} is {weight.dtype} {list(weight.shape)}, no float weight")
+    wrong = int((~torch.isfinite(weight)).sum())
+    if wrong:
+        raise CheckpointError(f"{name} of {original.directory} holds {wrong} NaN or infinite values")
     quantized = dequantize_weight(loaded.weight)[: weight.shape[0], : weight.shape[1]]
     if quantized.shape != weight.shape:
         raise CheckpointError(f"{module.name} has weights {list(quantized.shape)}, the original {list(weight.shape)}")
-    difference = quantized - weight.float()
-    norm = torch.linalg.vector_norm(weight.float())
-    relative = float(torch.linalg.vector_norm(difference) / norm) if norm > 0 else float(difference.abs().max() > 0)
-    return LayerReport(module, loaded.repaired_columns, relative, float(difference.abs().max()))
+    difference = quantized - weight
+    # In fp64, where squares of large weights do not overflow.
+    norm = torch.linalg.vector_norm(weight, dtype=torch.float64)
+    error = torch.linalg.vector_norm(difference, dtype=torch.float64)
+    largest = float(difference.abs().max())
+    relative = float(error / norm) if norm > 0 else float(largest > 0)
+    if not math.isfinite(relative):
+        raise CheckpointError(
+            f"{name} of {original.directory} has weights up to {weight.abs().max():.3g}: no comparison"
+        )
+    return LayerReport(module, loaded.repaired_columns, relative, largest)
 
 
 def _check_copied(folder: TensorFolder, name: str) -> list[str]:
@@ -112,37 +125,101 @@ def _check_copied(folder: TensorFolder, name: str) -> list[str]:
 
 
 def _architecture_problems(checkpoint: Checkpoint) -> list[str]:
-    """Linear layers that the folder lacks or has with other sizes, and quantised ones that the model lacks."""
+    """Where the files' headers are not the model's: tensors that it needs and lacks, or has in other sizes or kinds."""
     directory = Path(checkpoint.folder.directory)
     if not (directory / "config.json").exists():
         return [f"{directory} has no config.json, so no loader knows the model's architecture"]
     config = read_json_object(directory / "config.json")
     config.pop("quantization_config", None)
-    model = build_empty_model(config, directory)
-    expected = linear_modules(model)
-    head = model.get_output_embeddings()
+    try:
+        check_num_layers(config, checkpoint.folder)
+        model = build_empty_model(config, directory)
+    except CheckpointError as error:
+        return [str(error)]
+    linear = linear_modules(model)
     problems = [
-        f"{name} is quantised, but the model has no such layer" for name in checkpoint.modules if name not in expected
+        f"{name} is quantised, but the model has no such layer" for name in checkpoint.modules if name not in linear
     ]
-    for name, layer in expected.items():
-        out_features, in_features = layer.out_features, layer.in_features
-        module = checkpoint.modules.get(name)
-        if module is not None:
-            padded = (round_up(in_features, IN_FEATURES_MULTIPLE), round_up(out_features, OUT_FEATURES_MULTIPLE))
-            if (module.in_features, module.out_features) != padded:
-                problems.append(
-                    f"{name} holds [{module.out_features}, {module.in_features}] weights, the model's layer has "
-                    f"[{out_features}, {in_features}]"
-                )
-        elif layer is head and (config.get("tie_word_embeddings") or _has_another_head(checkpoint, model)):
-            continue
-        elif f"{name}.weight" not in checkpoint.folder:
-            problems.append(f"{name} is missing: neither {name}.B nor {name}.weight is in the folder")
+    stored = _stored_as(model, checkpoint.folder.tensors.values())
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    for names in _tied_names(model):
+        tensor = names[0][1]
+        layer_names = [name.removesuffix(".weight") for name, _ in names if name.endswith(".weight")]
+        quantized = [name for name in layer_names if name in linear and _is_quantized(checkpoint, name)]
+        found = [stored[name] for name, _ in names if name in stored]
+        for name in quantized:
+            problems += _size_problems(checkpoint, name, linear[name])
+        for sources in found:
+            problems += sources.problems(tensor)
+        if not quantized and not found and not any(rule.search(name) for rule in ignored for name, _ in names):
+            name = names[0][0]
+            layer = name.removesuffix(".weight")
+            detail = f": neither {layer}.{PACKED} nor {name} is in the folder" if layer in linear else ""
+            problems.append(f"{layer if detail else name} is missing{detail}")
     return problems
 
 
-def _has_another_head(checkpoint: Checkpoint, model: Any) -> bool:
-    """Whether a tensor besides the input embeddings can be the output embeddings: some families' files rename them."""
-    shape = tuple(model.get_output_embeddings().weight.shape)
-    found = [info for info in checkpoint.folder.tensors.values() if info.shape == shape]
-    return len(found) >= 2
+def _is_quantized(checkpoint: Checkpoint, module_name: str) -> bool:
+    """Whether the folder has packed weights of this module, sound or not."""
+    return f"{module_name}.{PACKED}" in checkpoint.folder
+
+
+def _size_problems(checkpoint: Checkpoint, name: str, layer: torch.nn.Linear) -> list[str]:
+    module = checkpoint.modules.get(name)
+    if module is None:
+        return []  # its headers are wrong, which was reported
+    padded = (round_up(layer.in_features, IN_FEATURES_MULTIPLE), round_up(layer.out_features, OUT_FEATURES_MULTIPLE))
+    if (module.in_features, module.out_features) == padded:
+        return []
+    return [
+        f"{name} holds [{module.out_features}, {module.in_features}] weights, the model's layer has "
+        f"[{layer.out_features}, {layer.in_features}]"
+    ]
+
+
+def _tied_names(model: torch.nn.Module) -> list[list[tuple[str, torch.Tensor]]]:
+    """The model's parameters and stored buffers; names that stand for one tensor are together."""
+    groups: dict[int, list[tuple[str, torch.Tensor]]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append((name, tensor))
+    return list(groups.values())
+
+
+@dataclass
+class _Stored:
+    """What the files hold for one tensor of the model. joined: loaders join several tensors to this one."""
+
+    name: str
+    infos: list[TensorInfo]
+    joined: bool = False
+
+    def problems(self, needed: torch.Tensor) -> list[str]:
+        shape = tuple(needed.shape)
+        found = []
+        for info in self.infos:
+            if not self.joined and info.shape != shape:
+                found.append(f"{info.name} has shape {list(info.shape)}, the model's has {list(shape)}")
+            if info.dtype.is_floating_point != needed.dtype.is_floating_point:
+                kind = "a floating-point type" if needed.dtype.is_floating_point else str(needed.dtype)[6:]
+                found.append(f"{info.name} has dtype {str(info.dtype).removeprefix('torch.')}; {kind} is needed")
+        values = sum(math.prod(info.shape) for info in self.infos)
+        if self.joined and values != needed.numel():
+            found.append(f"{self.name} is joined from {len(self.infos)} tensors of {values} values, not {list(shape)}")
+        return found
+
+
+def _stored_as(model: Any, infos: Iterable[TensorInfo]) -> dict[str, _Stored]:
+    """The files' tensors by their name in the model: some families' files have other names, or split tensors."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings: list[Any] = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    expected = model.state_dict()
+    stored: dict[str, _Stored] = {}
+    for info in infos:
+        name, pattern = rename_source_key(info.name, renamings, converters, model.base_model_prefix, expected)
+        entry = stored.setdefault(name, _Stored(name, [], joined=pattern is not None))
+        entry.infos.append(info)
+    return stored

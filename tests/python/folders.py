@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -24,12 +25,14 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen3": (Qwen3Config, {}),
     "mistral": (MistralConfig, {"sliding_window": 8}),
 }
+# Not among the families: experts are no linear layers, so they stay as they are.
+MIXTRAL = (MixtralConfig, {"num_local_experts": 2, "num_experts_per_tok": 1})
 VOCABULARY = 256
 
 
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float16, seed: int = 0, **overrides: Any) -> Any:
     """Two blocks, hidden size 128: every linear layer fits the format. Biases and weights are random."""
-    config_class, extra = FAMILIES[family]
+    config_class, extra = (FAMILIES | {"mixtral": MIXTRAL})[family]
     sizes = {
         "hidden_size": 128,
         "intermediate_size": 256,

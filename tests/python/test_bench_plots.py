@@ -74,6 +74,40 @@ def test_legends_and_panels_do_not_overlap(run, draw):
     plots.pyplot.close(figure)
 
 
+@pytest.mark.parametrize("draw", [plots.latency_figure, plots.percent_of_floor_figure, plots.speed_up_figure])
+@pytest.mark.parametrize("groups", [(-1, 128, None), (-1,)])
+@pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "Some Processor of a Long Name with 48 Cores, 96 threads"])
+def test_a_title_ends_before_the_legend(run, draw, groups, device):
+    rows = [m for m in run.measurements if m.label == "o" and m.group_size in groups]
+    figure = draw(Run({"gpu": {"name": device}}), rows)
+    figure.canvas.draw()
+    title, legend = figure.get_suptitle(), figure.legends[0].get_window_extent()
+    assert device in " ".join(title.split())
+    texts = [text for text in figure.texts if text.get_text() == title]
+    assert len(texts) == 1 and not texts[0].get_window_extent().overlaps(legend)
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    assert not any(legend.overlaps(box) or texts[0].get_window_extent().overlaps(box) for box in boxes)
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[index + 1 :])
+    plots.pyplot.close(figure)
+
+
+@pytest.mark.parametrize(
+    "times", [(9.1, 9.9), (1.2, 7.5), (26.0, 260.0), (3.0, 900.0), (1.0, 90_000.0), (100.0, 100.0)]
+)
+def test_a_logarithmic_axis_has_plain_numbers(times):
+    points = zip((1, 64), times, strict=True)
+    rows = [Measurement("gemm", "marlin_qqq", m, 64, 128, 128, "x", median_us=us) for m, us in points]
+    figure = plots.latency_figure(Run(), rows)
+    figure.canvas.draw()
+    axis = figure.axes[0].yaxis
+    low, high = axis.get_view_interval()
+    shown = [tick.label1.get_text() for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    assert len(shown) >= 2 and all(float(text) > 0 and "e" not in text for text in shown), shown
+    assert not any(tick.label1.get_text() for tick in axis.get_minor_ticks())
+    plots.pyplot.close(figure)
+
+
 def test_axes_say_their_units(run):
     latency = plots.latency_figure(run, run.measurements)
     assert {(axes.get_xlabel(), axes.get_ylabel()) for axes in latency.axes} == {("M (tokens)", "microseconds a call")}

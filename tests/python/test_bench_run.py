@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -15,6 +17,7 @@ import numpy
 import pytest
 import torch
 from recording import RecordedCalls
+from rich.console import Console
 from typer.testing import CliRunner
 
 import marlin_qqq
@@ -26,6 +29,7 @@ from marlin_qqq.bench.implementations.layers import DecoderLayer, MarlinLinear
 from marlin_qqq.bench.implementations.marlin import MarlinGemm, _plan_of, overridden_environment, parse_variant
 from marlin_qqq.bench.implementations.torch_baselines import ChainedRead, PlainRead
 from marlin_qqq.bench.inputs import make_activations
+from marlin_qqq.bench.output import show
 from marlin_qqq.bench.presets import Layer
 from marlin_qqq.bench.problem import Ceilings, GemmProblem
 from marlin_qqq.bench.results import Run, load_run
@@ -120,6 +124,10 @@ def test_without_a_gpu_the_message_says_so(arguments):
         (["gemm", *TINY, "--method", "vibes"], "--method 'vibes'"),
         (["quantize", *QUICK, "--baselines", "copy"], "unknown baseline 'copy'"),
         (["tune", "--device", "cpu", "--shape", "64x128"], "needs a GPU"),
+        (["quantize", *QUICK, "-k", "0"], "--in-features '0': every row must have at least one element"),
+        (["gemm", *QUICK, "--shape", ","], "--shape ',' holds no shape"),
+        (["gemm", *TINY, "--seconds", "-1"], "--seconds -1.0 is not allowed"),
+        (["gemm", *TINY, "--seconds", "nan"], "--seconds nan is not allowed"),
     ],
 )
 def test_arguments_that_are_refused(arguments, message):
@@ -144,15 +152,126 @@ def test_compare_shows_regressions_and_can_fail(tmp_path):
     assert "0 slower, 0 faster, 2 the same" in " ".join(bench("compare", str(path), str(path)).output.split())
 
 
+def test_compare_shows_wrong_results_also_where_all_are(tmp_path):
+    path, wrong = tmp_path / "before.json", tmp_path / "after.json"
+    bench("gemm", *TINY, "-m", "1", "--baselines", "none", "--json", str(path))
+    document = json.loads(path.read_text())
+    for row in document["measurements"]:
+        row |= {"median_us": None, "check": "WRONG: 3 of 128 values"}
+    wrong.write_text(json.dumps(document))
+    output = bench("compare", str(path), str(wrong), code=1).output
+    assert output.count("WRONG: 3 of 128 values") == 2
+
+
+def test_compare_relative_to_what_nobody_measured(tmp_path):
+    path = tmp_path / "run.json"
+    bench("gemm", *TINY, "-m", "1", "--baselines", "none", "--json", str(path))
+    result = CliRunner().invoke(app, ["compare", str(path), str(path), "--relative-to", "nope"])
+    assert f"--relative-to is 'nope'; measured in {path}: marlin_qqq" in str(result.exception)
+
+
+def test_brackets_are_no_markup(tmp_path):
+    """Of a file's name, a GPU, a version, a check's text, an implementation, a note."""
+    path = tmp_path / "b" / "a[/b].json"
+    output = bench("gemm", *TINY, "-m", "1", "--baselines", "none", "--json", str(path)).output
+    assert f"wrote {path}" in output
+    document = json.loads(path.read_text())
+    document["environment"] |= {"gpu": {"name": "[/x] GPU"}, "torch": "[/y]"}
+    document["measurements"][0] |= {"median_us": None, "check": "WRONG [/z]"}
+    document["notes"] = ["[bold]a note[/c]"]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(document))
+    output = bench("compare", str(path), str(other), code=1).output
+    for text in ("[/x] GPU", "[/y]", "WRONG [/z]"):
+        assert text in output
+    shown = io.StringIO()
+    show(load_run(other), Console(width=200, file=shown, markup=False))
+    assert "[bold]a note[/c]" in shown.getvalue() and "[/x] GPU" in shown.getvalue()
+
+
+def interrupted_bench(tmp_path, monkeypatch, interrupt):
+    """A run of two batch sizes that is interrupted before the second one; its exit and what it saved."""
+    honest = Runner._cell
+
+    def cell(self, operation, problem, *rest):
+        if problem.num_tokens == 17:
+            interrupt()
+        honest(self, operation, problem, *rest)
+
+    monkeypatch.setattr(Runner, "_cell", cell)
+    path = tmp_path / "run.json"
+    result = CliRunner().invoke(app, ["gemm", *TINY, "-m", "1,17", "--baselines", "none", "--json", str(path)])
+    return result, load_run(path)
+
+
+def test_an_interrupted_run_is_saved(tmp_path, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    result, run = interrupted_bench(tmp_path, monkeypatch, interrupt)
+    assert result.exit_code == 130
+    assert {m.num_tokens for m in run.measurements} == {1}
+    assert run.notes == ["Not complete (interrupted)."] and run.notes[0] in result.output
+
+
+def test_a_terminated_run_is_saved(tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    result, run = interrupted_bench(tmp_path, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert result.exit_code == 143 and {m.num_tokens for m in run.measurements} == {1}
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_was_measured_before_an_error_is_saved(tmp_path, monkeypatch):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    result, run = interrupted_bench(tmp_path, monkeypatch, fail)
+    assert isinstance(result.exception, RuntimeError) and {m.num_tokens for m in run.measurements} == {1}
+    assert run.notes == ["Not complete (RuntimeError: out of memory)."]
+
+
+@pytest.mark.parametrize("option", ["--json", "--csv", "--plot"])
+def test_outputs_are_tried_before_anything_is_measured(tmp_path, monkeypatch, option):
+    monkeypatch.setattr(Runner, "__init__", lambda *_: pytest.fail("measuring began"))
+    (tmp_path / "file").write_text("")
+    for path in ["/proc/x.csv", str(tmp_path if option != "--plot" else tmp_path / "file")]:
+        result = CliRunner().invoke(app, ["gemm", *TINY, "-m", "1", option, path])
+        assert isinstance(result.exception, OSError), result.exception
+
+
+def test_nothing_to_plot_is_said(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "run.json"
+    arguments = ["gemm", *TINY, "-m", "1", "--baselines", "none", "--json", str(path), "--plot", str(tmp_path)]
+    assert "nothing to plot" in bench(*arguments).output
+    result = CliRunner().invoke(app, ["plot", str(path), str(tmp_path)])
+    assert f"{path} holds nothing to plot" in str(result.exception)
+
+
 def test_models_lists_every_preset():
     assert "llama-3.1-405b" in bench("models").output
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_narrow_terminal_cuts_no_shape(tmp_path, monkeypatch, width):
+    document = json.loads(Run().to_json())
+    fields = {"operation": "gemm", "implementation": "marlin_qqq", "group_size": 128, "method": "sustained"}
+    sizes = {"num_tokens": 4096, "out_features": 106496, "in_features": 16384}
+    for name, time in (("before", 10_000.0), ("after", 20_000.0)):
+        document["measurements"] = [fields | sizes | {"median_us": time}]
+        (tmp_path / f"{name}.json").write_text(json.dumps(document))
+    narrow = Console(width=width, markup=False, record=True, file=io.StringIO())
+    monkeypatch.setattr("marlin_qqq.bench.output.make_console", lambda: narrow)
+    bench("compare", str(tmp_path / "before.json"), str(tmp_path / "after.json"))
+    text = narrow.export_text()
+    if width == 80:
+        assert "106496x16384" in text and "2.000" in text and "…" not in text
+        assert "Left out, for the terminal is narrow: method" in text
+    bench("models")
+    assert "…" not in narrow.export_text()
+
+
 def test_a_narrow_terminal_gets_fewer_columns_and_is_told(tmp_path):
-    from rich.console import Console
-
-    from marlin_qqq.bench.output import show
-
     path = tmp_path / "run.json"
     bench("gemm", *TINY, "-m", "1", "--json", str(path))
     for width, is_whole in ((70, False), (200, True)):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marlin_qqq import packing
-from marlin_qqq._files import write_text_atomically
+from marlin_qqq._files import check_writable, write_text_atomically
 from marlin_qqq.bench import environment, presets, problem
 from marlin_qqq.bench.compare import compare_runs
 from marlin_qqq.bench.problem import Ceilings, GemmProblem, quantize_bytes
@@ -95,7 +99,7 @@ def test_integer_lists(text, values):
     assert presets.parse_integers(text) == values
 
 
-@pytest.mark.parametrize("text", ["", ",", "a", "1:2:3:4", "1:4:0", "5:1"])
+@pytest.mark.parametrize("text", ["", ",", "a", "1:2:3:4", "1:4:0", "5:1", "1:100000000000"])
 def test_refused_integer_lists(text):
     with pytest.raises(ValueError):
         presets.parse_integers(text)
@@ -203,6 +207,116 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     plain = tmp_path / "plain"
     plain.write_text("")
     assert path.stat().st_mode == plain.stat().st_mode, "as readable as any file of the user's"
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "real" / "run.json")
+    for text in ("new", "newer"):  # the link leads nowhere at first
+        write_text_atomically(tmp_path / "link.json", text)
+        assert (tmp_path / "link.json").is_symlink()
+        assert (tmp_path / "real" / "run.json").read_text() == text
+
+
+def test_pipes_are_written_into_and_stay(tmp_path):
+    """And devices: as root a rename would put a file in the place of /dev/null. No test touches that one."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (pipe, link):
+        check_writable(path)
+        write_text_atomically(path, "text")
+        assert os.read(reader, 100) == b"text" and stat.S_ISFIFO(pipe.lstat().st_mode) and link.is_symlink()
+    os.close(reader)
+
+
+@pytest.mark.parametrize("name", ["link", "/dev/fd/1", "/proc/self/fd/1"])
+def test_standard_output_keeps_what_is_printed_around(tmp_path, name):
+    """Also where it is a file. The link is one like /dev/stdout, which no test touches: a bug would replace it."""
+    if name == "link":
+        name = str(tmp_path / "link")
+        os.symlink("/proc/self/fd/1", name)
+    script = (
+        "from marlin_qqq._files import write_text_atomically\n"
+        f"print('before'); write_text_atomically({name!r}, 'text\\n'); print('after')"
+    )
+    with (tmp_path / "out.txt").open("w") as file:
+        subprocess.run([sys.executable, "-c", script], stdout=file, check=True, timeout=60)
+    assert (tmp_path / "out.txt").read_text() == "before\ntext\nafter\n"
+
+
+def test_the_umask_decides_who_reads_a_file(tmp_path):
+    before = os.umask(0o077)
+    try:
+        write_text_atomically(tmp_path / "mine.json", "text")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "mine.json").stat().st_mode) == 0o600
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path):
+    check_writable(tmp_path / "folder" / "run.json")
+    assert list((tmp_path / "folder").iterdir()) == []
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        check_writable(tmp_path)
+    with pytest.raises(OSError, match="/proc"):
+        check_writable("/proc/x.csv")
+
+
+VALID_ROW = {
+    "operation": "gemm", "implementation": "marlin_qqq", "num_tokens": 1, "out_features": 64, "in_features": 128,
+    "group_size": 128, "median_us": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"median_us": "fast"}, r"measurement 1: median_us is 'fast'; float \| None is needed"),
+        ({"median_us": -1.0}, "median_us is -1.0, too small"),
+        ({"median_us": float("nan")}, "holds NaN"),
+        ({"median_us": True}, "median_us is True"),
+        ({"num_tokens": 0}, "num_tokens is 0, too small"),
+        ({"num_tokens": 10**400}, r"num_tokens is 1000.*\.\.\..*000; int is needed"),
+        ({"num_tokens": None}, "num_tokens is None; int is needed"),
+        ({"implementation": ["a"]}, r"implementation is \['a'\]; str is needed"),
+        ({"check": None}, "check is None; str is needed"),
+        ({"extra": []}, r"extra is \[\]; dict"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_values_of_other_types_are_refused_by_name(tmp_path, change, message):
+    document = json.loads(Run().to_json())
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(document | {"measurements": [VALID_ROW]}))
+    assert load_run(path).measurements[0].median_us == 1.0
+    path.write_text(json.dumps(document | {"measurements": [VALID_ROW | change]}))
+    with pytest.raises(ValueError, match=message):
+        load_run(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"environment": []},
+        {"environment": {"gpu": "abc"}},
+        {"ceilings": {"read_gbps": "fast"}},
+        {"measurements": {"a": 1}},
+        {"measurements": ["a"]},
+        {"notes": [1]},
+    ],
+    ids=str,
+)
+def test_documents_of_another_form_are_refused(change):
+    with pytest.raises(ValueError, match=r"^here"):
+        Run.from_json(json.dumps(json.loads(Run().to_json()) | change), "here")
+
+
+def test_documents_that_no_parser_takes_are_refused():
+    for text in ("[" * 100_000, "9" * 5000):
+        with pytest.raises(ValueError, match="here is not JSON"):
+            Run.from_json(text, "here")
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,17 @@ def fake_subcommand(monkeypatch: pytest.MonkeyPatch):
     return install
 
 
+def test_errors_are_red_but_not_where_nobody_wants_colours(fake_subcommand, monkeypatch: pytest.MonkeyPatch) -> None:
+    def command() -> None:
+        raise ValueError("--width is 7; allowed: 8")
+
+    fake_subcommand(command)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[31m" in runner.invoke(cli_app.app, ["demo"], color=True).output
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in runner.invoke(cli_app.app, ["demo"], color=True).output
+
+
 @pytest.mark.parametrize("error", [cli_app.CliError, ValueError, FileNotFoundError, RuntimeError, ImportError])
 def test_error_is_one_message_and_status_1(fake_subcommand, error: type[Exception]) -> None:
     def command() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import pytest
@@ -67,3 +68,15 @@ def test_command_line(capsys):
 
     command()
     assert headings(capsys.readouterr().out) == SECTIONS
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_letters_that_a_terminal_lacks_are_escaped(monkeypatch, encoding):
+    """A name in another script, and bytes that are no text at all."""
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
+    monkeypatch.setenv("MARLIN_QQQ_TILE", "caf\u00e9 \udcff")
+    collect_env.print_report()
+    sys.stdout.flush()
+    shown = "caf\\xe9" if encoding == "ascii" else "caf\u00e9"
+    assert f"MARLIN_QQQ_TILE: {shown} \\udcff" in written.getvalue().decode(encoding)

@@ -12,11 +12,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from folders import FAMILIES, VOCABULARY, rewrite_config, rewrite_tensors, save_float_folder
+from folders import (
+    FAMILIES,
+    VOCABULARY,
+    rewrite_config,
+    rewrite_tensors,
+    save_float_folder,
+    save_gptq_folder,
+    tiny_model,
+)
+from safetensors import SafetensorError
 
 from marlin_qqq import quantize_model
 from marlin_qqq._files import atomic_write
-from marlin_qqq.checkpoint import Checkpoint, CheckpointError, TensorFolder, load_quantized_model
+from marlin_qqq.checkpoint import Checkpoint, CheckpointError, TensorFolder, load_quantized_model, write_checkpoint
 from marlin_qqq.checkpoint.writer import partial_directory
 from marlin_qqq.convert import ConversionOptions, ConversionPlan, convert, plan_conversion, run_conversion
 from marlin_qqq.convert.source import _reason_to_skip
@@ -270,6 +279,73 @@ def test_two_processes_do_not_write_one_folder(source: Path, tmp_path: Path) -> 
     convert(source, tmp_path / "q")
 
 
+def test_restart_deletes_conversions_only(source: Path, tmp_path: Path) -> None:
+    partial = partial_directory(tmp_path / "q")
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("precious")
+    with pytest.raises(CheckpointError, match="no unfinished conversion"):
+        convert(source, tmp_path / "q", restart=True)
+    assert (partial / "thesis.txt").read_text() == "precious"
+
+
+def test_restart_does_not_touch_what_another_process_writes(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        convert(source, tmp_path / "q", max_shard_bytes=60_000, progress=interrupt_after(5))
+    partial = partial_directory(tmp_path / "q")
+    before = files_of(partial)
+    descriptor = os.open(partial, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(CheckpointError, match="another process"):
+        convert(source, tmp_path / "q", restart=True)
+    assert files_of(partial) == before
+    os.close(descriptor)
+    convert(source, tmp_path / "q", restart=True)
+
+
+def test_a_damaged_shard_is_named_with_the_way_out(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        convert(source, tmp_path / "q", max_shard_bytes=60_000, progress=interrupt_after(15))
+    shard = min(partial_directory(tmp_path / "q").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=rf"{shard.name} is not a valid .*; pass restart"):
+        convert(source, tmp_path / "q", max_shard_bytes=60_000)
+    convert(source, tmp_path / "q", max_shard_bytes=60_000, restart=True)
+
+
+def test_writing_a_model_leaves_a_conversion_alone(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        convert(source, tmp_path / "q", max_shard_bytes=60_000, progress=interrupt_after(15))
+    before = files_of(partial_directory(tmp_path / "q"))
+    write_checkpoint(quantize_model(tiny_model(), 128), tmp_path / "q")
+    assert files_of(partial_directory(tmp_path / "q")) == before
+
+
+def test_a_failed_write_is_a_sentence(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As safetensors says it: a full disk, a quota, a limit on a file's size."""
+
+    def fail(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half a file")
+        raise SafetensorError("I/O error: File too large (os error 27)")
+
+    monkeypatch.setattr("marlin_qqq.checkpoint.writer.save_file", fail)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be written: .*File too large"):
+        convert(source, tmp_path / "q")
+    with pytest.raises(CheckpointError, match="File too large"):
+        write_checkpoint(quantize_model(tiny_model(), 128), tmp_path / "r")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float"]
+
+
+def test_a_destination_that_appears_meanwhile_costs_no_work(source: Path, tmp_path: Path) -> None:
+    def appear(name: str, num_bytes: int) -> None:
+        (tmp_path / "q").mkdir(exist_ok=True)
+        (tmp_path / "q" / "mine.txt").write_text("precious")
+
+    with pytest.raises(CheckpointError, match="not empty"):
+        convert(source, tmp_path / "q", progress=appear)
+    shutil.rmtree(tmp_path / "q")
+    assert convert(source, tmp_path / "q").resumed_shards == 1
+
+
 def test_nothing_is_overwritten(source: Path, tmp_path: Path) -> None:
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "mine.txt").write_text("precious")
@@ -293,6 +369,25 @@ def test_full_disk_is_refused_before_the_work(source: Path, tmp_path: Path, monk
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(CheckpointError, match="1000 free"):
         convert(source, tmp_path / "q", progress=interrupt_after(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["float"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration": Path("nowhere.txt")}, r"nowhere\.txt is not readable"),
+        ({"sequence_length": 10**6}, "at least one sequence of 1000000"),
+        ({"device": "foo"}, r"device is 'foo'; allowed: auto, cpu, cuda"),
+        ({"device": "cuda:99"}, "device is 'cuda:99'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_there_is_a_folder(
+    source: Path, tmp_path: Path, text: Path, options: dict, message: str
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match=message):
+        convert(source, tmp_path / "q", **gptq_options(text) | options)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -306,6 +401,9 @@ def test_full_disk_is_refused_before_the_work(source: Path, tmp_path: Path, monk
         ({"num_samples": 0}, "num_samples is 0"),
         ({"max_shard_bytes": 0}, "max_shard_bytes is 0"),
         ({"skip": ("model",)}, "no linear layer to quantise"),
+        ({"skip": ("",)}, r"skip is \('',\); names of modules"),
+        ({"skip": "lm_head"}, "skip is 'lm_head'; names of modules"),
+        ({"skip": ("down_proj", "nonexistent")}, "skip is 'nonexistent', which names no linear layer"),
     ],
 )
 def test_options_that_are_refused(source: Path, tmp_path: Path, options: dict, message: str) -> None:
@@ -340,6 +438,12 @@ def test_sources_that_are_refused(source: Path, tmp_path: Path) -> None:
         plan(source)
 
 
+def test_a_million_layers_are_not_built(source: Path) -> None:
+    rewrite_config(source, num_hidden_layers=10**6)
+    with pytest.raises(CheckpointError, match="num_hidden_layers is 1000000, but the files hold 21 tensors"):
+        plan(source)
+
+
 def test_without_transformers_the_sentence_says_what_to_install(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(CheckpointError, match=r"in a clone: pip install '\.\[transformers\]', elsewhere: pip install"):
@@ -360,7 +464,47 @@ def test_weight_that_is_not_finite(source: Path, tmp_path: Path) -> None:
     rewrite_tensors(source, {"model.layers.1.mlp.up_proj.weight": torch.full((256, 128), float("nan")).half()})
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj: weight holds 32768 NaN"):
         convert(source, tmp_path / "q")
-    assert not (tmp_path / "q").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["float"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.bias"],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_copied_tensor_that_is_not_finite(tmp_path: Path, name: str, value: float, dtype: str) -> None:
+    """Whether it keeps its dtype or is converted."""
+    model = save_float_folder(tmp_path / "float", "qwen2")
+    broken = model.state_dict()[name].clone()
+    broken.view(-1)[:3] = value
+    rewrite_tensors(tmp_path / "float", {name: broken})
+    with pytest.raises(CheckpointError, match=rf"{name} holds 3 NaN or infinite values"):
+        convert(tmp_path / "float", tmp_path / "q", clip=False, dtype=dtype)
+
+
+def test_padded_folder_with_biases(tmp_path: Path) -> None:
+    """What save_pretrained of a padded model writes: weights of 128 outputs beside a bias of 96."""
+    sizes = {"hidden_size": 192, "head_dim": 48, "attention_bias": True, "intermediate_size": 320}
+    model = quantize_model(tiny_model(**sizes), 128)
+    model.save_pretrained(tmp_path / "padded")
+    expected = logits(load_quantized_model(tmp_path / "padded"))
+    convert(tmp_path / "padded", tmp_path / "q")
+    written = TensorFolder(tmp_path / "q").tensors
+    assert written["model.layers.0.self_attn.k_proj.bias"].shape == (96,)
+    assert written["model.layers.0.self_attn.k_proj.B"].shape == (256 // 16, 2 * 128)
+    assert torch.equal(logits(load_quantized_model(tmp_path / "q")), expected)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((7,), torch.float16), ((1, 128), torch.float16), ((128,), torch.int64)])
+def test_bias_of_another_shape_or_kind(tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    save_float_folder(tmp_path / "float", "qwen2")
+    save_gptq_folder(tmp_path / "gptq", 128)
+    name = "model.layers.0.self_attn.q_proj.bias"
+    for folder in ("float", "gptq"):
+        rewrite_tensors(tmp_path / folder, {name: torch.zeros(shape, dtype=dtype)})
+        with pytest.raises(CheckpointError, match=rf"{name} is {dtype} .*; a floating-point \[128\] is needed"):
+            plan_conversion(tmp_path / folder, tmp_path / "q", ConversionOptions())
 
 
 @pytest.mark.parametrize("side_file", ["quant_config.json", "quantize_config.json"])
@@ -376,6 +520,15 @@ def test_older_qqq_folders_are_rewritten(source: Path, tmp_path: Path, side_file
     assert not (tmp_path / "new" / side_file).exists()
     old, new = (tmp_path / name / "model.safetensors" for name in ("old", "new"))
     assert old.read_bytes() == new.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"skip": ("down_proj",)}, "skip is down_proj"), ({"clip": False}, "clip is off")]
+)
+def test_options_without_effect_on_a_qqq_folder(source: Path, tmp_path: Path, options: dict, message: str) -> None:
+    convert(source, tmp_path / "q")
+    with pytest.raises(CheckpointError, match=f"{message}, but the source is qqq already"):
+        convert(tmp_path / "q", tmp_path / "r", **options)
 
 
 def test_another_method_in_a_side_file_is_named(source: Path) -> None:

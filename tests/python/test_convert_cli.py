@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import rewrite_config, rewrite_tensors
+from folders import rewrite_config, rewrite_tensors, save_float_folder
 from typer.testing import CliRunner, Result
 
 from marlin_qqq.checkpoint import Checkpoint
 from marlin_qqq.cli.app import app
 from marlin_qqq.cli.convert import format_bytes, parse_size
+from marlin_qqq.convert import convert
 from marlin_qqq.quantization import quantize_weight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,6 +38,41 @@ def test_dry_run_writes_nothing(source: Path) -> None:
     assert "lm_head (output embeddings)" in result.stdout
     assert "model-00003-of-0000" in result.stdout and "working memory about" in result.stdout
     assert sorted(source.parent.rglob("*")) == before
+
+
+def test_dry_run_finds_what_the_run_would_refuse(source: Path, tmp_path: Path) -> None:
+    result = run(
+        "convert", source, tmp_path / "q", "--dry-run", "--method", "gptq", "--calibration", tmp_path / "no.txt"
+    )
+    assert result.exit_code == 1 and "no.txt is not readable" in result.stderr
+
+
+def test_devices_are_checked_before_anything_is_read(tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere"
+    for arguments in (("convert", missing, tmp_path / "q"), ("perplexity", missing, "--text", missing)):
+        result = run(*arguments, "--device", "foo")
+        assert result.exit_code == 1 and "device is 'foo'; allowed: auto, cpu, cuda, cuda:INDEX" in result.stderr
+
+
+def test_experts_are_named_as_kept(tmp_path: Path) -> None:
+    save_float_folder(tmp_path / "float", "mixtral")
+    result = run("convert", tmp_path / "float", tmp_path / "q", "--dry-run")
+    assert "kept as it is: model.layers.1.mlp.experts.gate_up_proj ([2, 512, 128]: several matrices" in result.stdout
+
+
+@pytest.mark.parametrize("command", [("convert", "{}", "q"), ("verify", "{}"), ("perplexity", "{}", "--text", "t.txt")])
+def test_a_folder_that_is_missing_is_called_so(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """Not looked for on the hub."""
+    missing = tmp_path / "nope"
+    result = run(*(word.format(missing) for word in command))
+    assert result.exit_code == 1
+    assert f"{missing} is not a folder" in result.stderr
+
+
+def test_a_configuration_that_is_missing_is_called_so(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").unlink()
+    result = run("convert", source, tmp_path / "q")
+    assert f"convert: {source}/config.json is missing or not a regular file" in result.stderr
 
 
 def test_convert_shows_peak_memory_and_progress(source: Path) -> None:
@@ -91,6 +127,28 @@ def test_verify_shows_the_worst_layers_first(source: Path, converted: Path, tmp_
     assert run("verify", converted, "--max-error", "0.5").exit_code != 0
 
 
+def test_verify_does_not_let_nan_pass(source: Path, converted: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    weight = torch.ones(128, 256).half()
+    weight[3, 5:7] = float("nan")
+    rewrite_tensors(source, {name: weight})
+    report = tmp_path / "report.json"
+    result = run("verify", converted, "--against", source, "--max-error", "1e9", "--json", report)
+    assert result.exit_code == 1 and f"{name} of {source} holds 2 NaN or infinite values" in result.stderr
+    json.loads(report.read_text(), parse_constant=pytest.fail)
+
+
+def test_verify_fails_where_an_error_is_not_at_most_the_limit(source: Path, converted: Path) -> None:
+    assert run("verify", converted, "--against", source, "--max-error", "nan").exit_code == 1
+
+
+def test_verify_compares_large_weights(source: Path, converted: Path) -> None:
+    """Their squares overflow fp32."""
+    rewrite_tensors(source, {"model.layers.1.mlp.down_proj.weight": torch.full((128, 256), 1e30)})
+    result = run("verify", converted, "--against", source, "--max-error", "1.5")
+    assert result.exit_code == 0 and "1.0000" in result.stdout
+
+
 def test_verify_reports_columns_to_repair(converted: Path) -> None:
     weight = quantize_weight(torch.randn(256, 128), 128)
     change = {f"{LAYER}.{key}": value for key, value in weight._asdict().items()}
@@ -108,6 +166,12 @@ def test_verify_reports_columns_to_repair(converted: Path) -> None:
         ({"model.norm.weight": torch.full((128,), float("nan")).half()}, "model.norm.weight has 128 values"),
         ({f"{LAYER}.{key}": None for key in ("B", "s_channel", "s_group")}, f"{LAYER} is missing"),
         ({"lm_head.weight": None}, "lm_head is missing"),
+        ({"model.embed_tokens.weight": None}, "model.embed_tokens.weight is missing"),
+        ({"model.embed_tokens.weight": torch.zeros(100, 128).half()},
+         "model.embed_tokens.weight has shape [100, 128], the model's has [256, 128]"),
+        ({"model.norm.weight": None}, "model.norm.weight is missing"),
+        ({"model.norm.weight": torch.ones(64).half()}, "model.norm.weight has shape [64], the model's has [128]"),
+        ({"model.norm.weight": torch.ones(128, dtype=torch.int8)}, "has dtype int8; a floating-point type is needed"),
         ({"extra.B": torch.zeros(8, 128, dtype=torch.int32), "extra.s_channel": torch.ones(1, 64),
           "extra.s_group": torch.ones(1, 64).half()}, "the model has no such layer"),
     ],
@@ -117,6 +181,71 @@ def test_verify_finds_problems(converted: Path, change: dict, message: str) -> N
     result = run("verify", converted)
     assert result.exit_code == 1
     assert message in result.stderr and "1 problems" in result.stdout
+
+
+def test_verify_lists_everything_at_once(converted: Path) -> None:
+    """Headers, values and the model's other tensors: a folder is not to be repaired one sentence at a time."""
+    names = [f"model.layers.{index}.mlp.up_proj" for index in range(2)]
+    change = {
+        f"{names[0]}.s_channel": torch.ones(1, 256).half(),
+        f"{names[0]}.s_group": torch.ones(1, 256),
+        f"{names[1]}.B": torch.zeros(8, 512, dtype=torch.int64),
+        "model.layers.0.mlp.down_proj.s_channel": torch.full((1, 128), float("nan")),
+        "model.norm.weight": None,
+    }
+    rewrite_tensors(converted, change)
+    result = run("verify", converted)
+    assert result.exit_code == 1 and "5 problems" in result.stdout
+    for message in (
+        f"{names[0]}.s_channel has dtype float16; float32",
+        f"{names[0]}.s_group has dtype float32; float16",
+        f"{names[1]}.B has dtype int64; int32",
+        "model.layers.0.mlp.down_proj: s_channel holds 128",
+        "model.norm.weight is missing",
+    ):
+        assert message in result.stderr
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_verify_compares_the_vocabulary(converted: Path) -> None:
+    rewrite_config(converted, vocab_size=0)
+    result = run("verify", converted)
+    assert result.exit_code == 1 and "the model's has [0, 128]" in result.stderr
+
+
+def test_verify_does_not_build_a_million_layers(converted: Path) -> None:
+    rewrite_config(converted, num_hidden_layers=10**6)
+    result = run("verify", converted)
+    assert result.exit_code == 1 and "num_hidden_layers is 1000000" in result.stderr
+
+
+def test_verify_misses_biases(tmp_path: Path) -> None:
+    save_float_folder(tmp_path / "float", "qwen2")
+    convert(tmp_path / "float", tmp_path / "q", clip=False)
+    assert run("verify", tmp_path / "q").exit_code == 0
+    name = "model.layers.1.self_attn.q_proj.bias"
+    rewrite_tensors(tmp_path / "q", {name: None})
+    assert f"{name} is missing" in run("verify", tmp_path / "q").stderr
+
+
+def test_verify_knows_tied_weights(tmp_path: Path) -> None:
+    save_float_folder(tmp_path / "float", tie_word_embeddings=True)
+    convert(tmp_path / "float", tmp_path / "q", clip=False)
+    assert "lm_head.weight" not in Checkpoint(tmp_path / "q").folder
+    assert run("verify", tmp_path / "q").exit_code == 0
+    rewrite_tensors(tmp_path / "q", {"model.embed_tokens.weight": None})
+    result = run("verify", tmp_path / "q")
+    assert result.exit_code == 1 and "1 problems" in result.stdout and "is missing" in result.stderr
+
+
+def test_verify_knows_tensors_that_loaders_join(tmp_path: Path) -> None:
+    """A mixture's files hold every expert on its own under another name; loaders join them to one tensor."""
+    save_float_folder(tmp_path / "float", "mixtral")
+    convert(tmp_path / "float", tmp_path / "q", clip=False)
+    assert run("verify", tmp_path / "q").exit_code == 0
+    rewrite_tensors(tmp_path / "q", {"model.layers.0.block_sparse_moe.experts.1.w2.weight": None})
+    result = run("verify", tmp_path / "q")
+    assert result.exit_code == 1 and "model.layers.0.mlp.experts.down_proj is joined from 1 tensors" in result.stderr
 
 
 def test_names_are_not_taken_for_markup(source: Path) -> None:
@@ -145,6 +274,18 @@ def test_verify_finds_another_architecture(converted: Path) -> None:
     assert result.exit_code == 1 and "the model's layer has [512, 128]" in result.stderr
 
 
+def test_verify_tries_its_output_first(tmp_path: Path) -> None:
+    result = run("verify", tmp_path / "nowhere", "--json", tmp_path)
+    assert result.exit_code == 1 and f"is a folder, not a file: '{tmp_path}'" in result.stderr
+
+
+def test_verify_writes_into_a_link(converted: Path, tmp_path: Path) -> None:
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    assert run("verify", converted, "--json", tmp_path / "link.json").exit_code == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "real.json").read_text())["problems"] == []
+
+
 def test_verify_of_no_checkpoint(source: Path) -> None:
     result = run("verify", source)
     assert result.exit_code == 1 and "not a QQQ checkpoint" in result.stderr
@@ -164,6 +305,25 @@ def test_perplexity_of_both_folders(source: Path, converted: Path, tmp_path: Pat
     assert abs(values[source] / values[converted] - 1) < 0.2
     plain = run("perplexity", converted, "--text", text, "--window", "64", "--max-tokens", "300")
     assert f"perplexity {values[converted]:.4f} over" in plain.stdout
+
+
+def test_perplexity_that_is_no_number_is_null_in_json(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some text")
+    rewrite_tensors(source, {"model.norm.weight": torch.full((128,), float("nan")).half()})
+    result = run("perplexity", source, "--text", tmp_path / "text.txt", "--json")
+    fields = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert result.exit_code == 0 and fields["perplexity"] is None and fields["loss"] is None
+
+
+@pytest.mark.parametrize(("option", "value"), [("--window", "0"), ("--batch-size", "0"), ("--max-tokens", "1")])
+def test_perplexity_numbers_that_are_too_small(tmp_path: Path, option: str, value: str) -> None:
+    result = run("perplexity", tmp_path, "--text", tmp_path / "text.txt", option, value)
+    assert result.exit_code == 2 and option in result.output
+
+
+def test_verify_shows_no_negative_number_of_layers(tmp_path: Path) -> None:
+    result = run("verify", tmp_path, "--worst", "-3")
+    assert result.exit_code == 2 and "--worst" in result.output
 
 
 def test_perplexity_refusals(converted: Path, tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def test_bad_arguments(model, shape, window, batch_size) -> None:
         measure_perplexity(model, torch.zeros(shape, dtype=torch.long), window, batch_size=batch_size)
 
 
+@pytest.mark.filterwarnings("error")
 def test_continuation_equals_generate(model) -> None:
     tokenizer, prompt = byte_tokenizer(), "class Stack:"
     calls: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Annotated
 
 import typer
 
+from marlin_qqq._devices import check_device
 from marlin_qqq.bench.presets import REFERENCE_SHAPES, Layer, model_layers, parse_integers, parse_shape
 from marlin_qqq.bench.problem import GROUP_128, PER_CHANNEL
-from marlin_qqq.bench.runner import METHODS, Settings, check_device
+from marlin_qqq.bench.runner import METHODS, Settings
 
 ModelOption = Annotated[
     str | None, typer.Option(help="Shapes of a model's linear layers (see `bench models`), or `reference`.")
@@ -56,6 +58,8 @@ def make_settings(
 ) -> Settings:
     if dtype not in ("float16", "bfloat16"):
         raise ValueError(f"--dtype {dtype!r} is not allowed; float16 or bfloat16")
+    if not 0 < seconds < math.inf:  # false for NaN, too
+        raise ValueError(f"--seconds {seconds} is not allowed; a positive number of seconds")
     methods = split(method)
     if not methods or set(methods) - set(METHODS):
         raise ValueError(f"--method {method!r} is not allowed; one or both of {', '.join(METHODS)}")
@@ -71,6 +75,8 @@ def select_layers(model: str | None, tensor_parallel: int, shapes: Sequence[str]
     if model is None and not shapes:
         model = "llama-3.1-8b"
     layers = [parse_shape(part) for text in shapes or () for part in split(text)]
+    if shapes and not layers:
+        raise ValueError(f"--shape {shapes[0]!r} holds no shape; NxK (out_features x in_features) is needed")
     if model == "reference":
         return layers + list(REFERENCE_SHAPES)
     return layers + (list(model_layers(model, tensor_parallel)) if model is not None else [])

@@ -5,6 +5,8 @@ Legends stand outside the axes, every axis has its unit, and an implementation k
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ except ImportError as error:
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 # The palette of Okabe and Ito: told apart by readers with any colour vision.
 COLOURS = {
@@ -68,6 +70,10 @@ STYLE: Any = {
     "svg.hashsalt": "marlin_qqq",  # the same data gives the same file
 }
 PANELS_PER_ROW = 3
+PANEL_INCHES = 4.4
+# Of a letter of the legend, on the safe side; the figure's title is set larger.
+LETTER_INCHES = 0.08
+TITLE_SCALE = 1.2
 PLOTTED_OPERATIONS = ("gemm", "quantize", "linear", "layer")
 
 
@@ -158,7 +164,7 @@ def speed_up_figure(run: Run, rows: Sequence[Measurement]) -> Any:
         return None
     shapes = list(dict.fromkeys((m.label, shape_name(m)) for m in ours))
     tokens = _round_tokens(sorted({m.num_tokens for m in ours}))
-    width = max(3.6, 0.2 * len(shapes) * (len(tokens) + 1) + 0.8)
+    width = max(4.0, 0.2 * len(shapes) * (len(tokens) + 1) + 0.8)
     figure, grid = pyplot.subplots(
         len(baselines),
         len(modes),
@@ -176,9 +182,7 @@ def speed_up_figure(run: Run, rows: Sequence[Measurement]) -> Any:
             axes.set_title(f"against {LABELS.get(baseline, baseline)}{mode_text}", loc="left")
         grid[line, 0].set_ylabel("times as fast")
         grid[line, 0].set_ylim(bottom=0)  # shared by the line's panels, so only once all have their bars
-    handles, labels = _legend_entries(grid.flat)
-    figure.legend(handles, labels, loc="outside right upper")
-    figure.suptitle(f"Speed-up of marlin_qqq on {describe_device(run.environment)}", x=0.01, ha="left")
+    _add_legend_and_title(figure, grid, f"Speed-up of marlin_qqq on {describe_device(run.environment)}")
     return figure
 
 
@@ -219,7 +223,7 @@ def _panels(run: Run, rows: Sequence[Measurement], draw: Any, title: str) -> Any
     columns = 2 if len(shapes) == 4 else min(PANELS_PER_ROW, len(shapes))
     lines = -(-len(shapes) // columns)
     figure, grid = pyplot.subplots(
-        lines, columns, figsize=(4.4 * columns + 1.6, 3.5 * lines + 0.5), squeeze=False, layout="constrained"
+        lines, columns, figsize=(PANEL_INCHES * columns + 1.6, 3.5 * lines + 0.5), squeeze=False, layout="constrained"
     )
     for index, axes in enumerate(grid.flat):
         if index >= len(shapes):
@@ -230,10 +234,20 @@ def _panels(run: Run, rows: Sequence[Measurement], draw: Any, title: str) -> Any
         axes.set_xscale("log", base=2)
         _token_ticks(axes, sorted({m.num_tokens for m in rows}))
         axes.set_xlabel("M (tokens)")
-    handles, labels = _legend_entries(grid.flat)
-    figure.legend(handles, labels, loc="outside right upper")
-    figure.suptitle(f"{title} on {describe_device(run.environment)}", x=0.01, ha="left")
+    _add_legend_and_title(figure, grid, f"{title} on {describe_device(run.environment)}")
     return figure
+
+
+def _add_legend_and_title(figure: Any, grid: Any, title: str) -> None:
+    """The legend on the right, the title beside it: in as many lines as it needs to end before the legend begins."""
+    handles, labels = _legend_entries(grid.flat)
+    legend_width = LETTER_INCHES * max((len(label) for label in labels), default=0) + 0.7
+    width, height = figure.get_size_inches()
+    width = max(width, PANEL_INCHES + legend_width)  # else a legend takes most of a single panel's figure
+    figure.set_size_inches(width, height)
+    figure.legend(handles, labels, loc="outside right upper")
+    letters = int((width - legend_width) / (LETTER_INCHES * TITLE_SCALE))
+    figure.suptitle(textwrap.fill(title, letters), x=0.01, ha="left")
 
 
 def _token_ticks(axes: Any, tokens: Sequence[int]) -> None:
@@ -244,7 +258,19 @@ def _token_ticks(axes: Any, tokens: Sequence[int]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
     if axes.get_yscale() == "log":
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _plain_numbers(axes)
+
+
+def _plain_numbers(axes: Any) -> None:
+    """Numbers of a logarithmic y axis as people write them, and more than one of them also on a short axis."""
+    low, high = axes.get_ylim()
+    decades = math.log10(high / low)
+    if decades < 1:
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    else:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())  # its own writes 2.6 x 10^1 beside them
 
 
 def _curves(rows: Sequence[Measurement]) -> dict[tuple[str, int | None], list[Measurement]]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 # As in marlin_qqq.packing, which loads torch: names and shapes are there without it.
 OUT_FEATURES_MULTIPLE = 64
 IN_FEATURES_MULTIPLE = 128
+# In a range of batch sizes: a larger one would be a mistake, and its list would fill the memory.
+MOST_INTEGERS = 100_000
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,10 @@ def parse_integers(text: str) -> list[int]:
         if len(bounds) == 1:
             values.add(bounds[0])
         elif len(bounds) in (2, 3) and (len(bounds) == 2 or bounds[2] > 0):
-            values.update(range(bounds[0], bounds[1] + 1, bounds[2] if len(bounds) == 3 else 1))
+            numbers = range(bounds[0], bounds[1] + 1, bounds[2] if len(bounds) == 3 else 1)
+            if numbers[MOST_INTEGERS:]:
+                raise ValueError(f"{part!r} in {text!r} is more than {MOST_INTEGERS} integers")
+            values.update(numbers)
         else:
             raise ValueError(f"{part!r} in {text!r} is not a range first:last[:step]")
     if not values:

@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import io
 import json
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,29 +111,28 @@ class Run:
     def from_json(cls, text: str, origin: str = "document") -> Run:
         """Reads what :meth:`to_json` wrote. Raises ValueError that names ``origin`` for anything else."""
         try:
-            document = json.loads(text)
-        except json.JSONDecodeError as error:
+            document = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{origin} is not JSON: {error}") from None
         if not isinstance(document, dict) or document.get("schema") != SCHEMA:
             raise ValueError(f"{origin} is not a result of marlin-qqq bench (no schema {SCHEMA!r})")
         version = document.get("schema_version")
         if version != SCHEMA_VERSION:
             raise ValueError(f"{origin} has schema version {version!r}; this program reads version {SCHEMA_VERSION}")
-        known = {f.name for f in dataclasses.fields(Measurement)}
-        try:
-            measurements = [
-                Measurement(**{name: value for name, value in row.items() if name in known})
-                for row in document["measurements"]
-            ]
-            return cls(
-                environment=dict(document["environment"]),
-                settings=dict(document["settings"]),
-                ceilings=dict(document["ceilings"]),
-                measurements=measurements,
-                notes=list(document.get("notes", [])),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{origin} misses a part of schema version {SCHEMA_VERSION}: {error!r}") from None
+        for name, kind in (("environment", dict), ("settings", dict), ("ceilings", dict), ("measurements", list)):
+            if not isinstance(document.get(name), kind):
+                raise ValueError(f"{origin} misses a part of schema version {SCHEMA_VERSION}: {name}")
+        notes = document.get("notes", [])
+        if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+            raise ValueError(f"{origin}: notes is no list of texts")
+        for name in ("gpu", "host"):
+            if not isinstance(document["environment"].get(name, {}), dict):
+                raise ValueError(f"{origin}: {name} of the environment is {document['environment'][name]!r}, no object")
+        for name, value in document["ceilings"].items():
+            if name.endswith(("_gbps", "_tops")) and not (value is None or _is_number(value)):
+                raise ValueError(f"{origin}: {name} of the ceilings is {value!r}, no number")
+        rows = [_measurement(row, f"{origin}: measurement {i}") for i, row in enumerate(document["measurements"], 1)]
+        return cls(document["environment"], document["settings"], document["ceilings"], rows, notes)
 
     def to_csv(self) -> str:
         """One row a measurement, the derived columns included."""
@@ -145,6 +145,43 @@ class Run:
             row = [getattr(measurement, name) for name in columns + derived]
             writer.writerow(["" if value is None else value for value in row])
         return buffer.getvalue()
+
+
+def _measurement(row: Any, origin: str) -> Measurement:
+    """A row of a document, whatever it holds: checked, for tables, plots and comparisons compute with it."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{origin} is {reprlib.repr(row)}, no object")
+    values = {}
+    for known in dataclasses.fields(Measurement):
+        if known.name not in row:
+            required = known.default is dataclasses.MISSING and known.default_factory is dataclasses.MISSING
+            if required:
+                raise ValueError(f"{origin} misses a part of schema version {SCHEMA_VERSION}: {known.name}")
+            continue
+        value = values[known.name] = row[known.name]
+        kind, _, optional = str(known.type).partition(" | ")
+        if value is None and optional:
+            continue
+        matches = {
+            "str": isinstance(value, str),
+            "dict[str, Any]": isinstance(value, dict),
+            "int": _is_number(value) and isinstance(value, int),
+            "float": _is_number(value),
+        }
+        if not matches[kind]:
+            raise ValueError(f"{origin}: {known.name} is {reprlib.repr(value)}; {known.type} is needed")
+        if kind in ("int", "float") and value < (1 if known.name == "num_tokens" else 0) and known.name != "group_size":
+            raise ValueError(f"{origin}: {known.name} is {reprlib.repr(value)}, too small")
+    return Measurement(**values)
+
+
+def _is_number(value: Any) -> bool:
+    # No measurement comes near the limit, beyond which an integer is no float.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"it holds {name}")
 
 
 def load_run(path: str | Path) -> Run:

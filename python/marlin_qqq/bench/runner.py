@@ -49,29 +49,6 @@ class Settings:
         return {"float16": torch.float16, "bfloat16": torch.bfloat16}[self.dtype]
 
 
-class NoDevice(ValueError):
-    """The device that was asked for is not there; the message says so and what to do."""
-
-
-def check_device(device: str) -> str:
-    """``device`` made definite ("auto" becomes cuda or cpu). Raises NoDevice where it is not there."""
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no usable GPU"
-        raise NoDevice(f"--device {device}: no GPU here ({reason}); use --device cpu for the CPU kernels")
-    if device.startswith("cuda"):
-        index = device.partition(":")[2] or str(torch.cuda.current_device())
-        if not index.isdigit() or int(index) >= torch.cuda.device_count():
-            raise NoDevice(f"--device {device}: this machine's GPUs are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
-        return f"cuda:{index}"
-    if device != "cpu":
-        raise NoDevice(f"--device {device!r} is not known; allowed: auto, cpu, cuda, cuda:INDEX")
-    return device
-
-
 class Runner:
     """Holds what all problems of a run share: context, ceilings, the growing :class:`Run`."""
 

@@ -13,6 +13,10 @@ from marlin_qqq.bench.results import OURS, Measurement, Run
 from marlin_qqq.bench.sweep import Cliff
 from marlin_qqq.bench.tune import TuneResult
 
+# Columns that a narrow terminal goes without, the first one first.
+CLIFFS_DROPPED_FIRST = ("explained by the work", "kind", "variant", "us")
+TUNE_DROPPED_FIRST = ("chosen us", "best us", "mode")
+COMPARISON_DROPPED_FIRST = ("method", "operation", "after us", "before us", "mode")
 MODE_NAMES = {None: "", -1: "per-channel", 128: "group 128"}
 
 
@@ -151,7 +155,8 @@ def cliff_table(cliffs: Sequence[Cliff]) -> Table:
     """Steps and inversions of a sweep."""
     table = Table(title="Cliffs", title_justify="left")
     for column in ("N x K", "mode", "variant", "kind", "M", "us", "to M", "us", "ratio", "explained by the work"):
-        table.add_column(column, justify="left" if column in ("N x K", "mode", "variant", "kind") else "right")
+        left = column in ("N x K", "mode", "variant", "kind")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
     for cliff in cliffs:
         before, after = cliff.before, cliff.after
         table.add_row(
@@ -173,7 +178,8 @@ def tune_table(results: Sequence[TuneResult]) -> Table:
     """The planner's choice beside the fastest candidate, the worst choices first."""
     table = Table(title="Planner's choice against the fastest candidate", title_justify="left")
     for column in ("N x K", "M", "mode", "chosen us", "best us", "chosen / best", "best candidate"):
-        table.add_column(column, justify="left" if column in ("N x K", "mode", "best candidate") else "right")
+        left = column in ("N x K", "mode", "best candidate")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
     for result in sorted(results, key=lambda result: -result.loss):
         chosen, best = result.chosen, result.best
         table.add_row(
@@ -193,7 +199,7 @@ def comparison_table(comparison: Comparison, show_same: bool = False) -> Table:
     table = Table(title="Time after / time before", title_justify="left")
     for column in ("operation", "implementation", "N x K", "M", "mode", "method", "before us", "after us", "ratio", ""):
         left = column in ("operation", "implementation", "N x K", "mode", "method", "")
-        table.add_column(column, justify="left" if left else "right")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
     styles = {"slower": "bold red", "faster": "green", "same": "dim"}
     for change in comparison.changes:
         if change.verdict == "same" and not show_same:

@@ -97,6 +97,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         if size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path} has {size} bytes; a configuration has at most {MAX_JSON_BYTES}")
         value = json.loads(path.read_bytes())
+    except CheckpointError:
+        raise
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error
     except ValueError as error:  # an integer literal longer than Python converts

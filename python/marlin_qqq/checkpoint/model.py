@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from marlin_qqq._files import write_json_atomically
+from marlin_qqq._files import TEMPORARY_SUFFIX, write_json_atomically
 from marlin_qqq.checkpoint.config import QuantizationSettings, read_json_object
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.reader import GROUP_SCALE, Checkpoint, find_quantized_modules, natural_key
@@ -19,7 +20,6 @@ from marlin_qqq.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     copy_side_files,
     model_config,
-    partial_directory,
     plan_shards,
     publish,
     refuse_existing,
@@ -75,19 +75,23 @@ def write_checkpoint(
     if not find_quantized_modules(infos, settings):
         raise CheckpointError("the model has no quantised module (no tensor named <module>.B); quantise it first")
 
-    partial = partial_directory(target)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     shards = plan_shards([(name, infos[name].num_bytes) for name in sorted(infos, key=natural_key)], max_shard_bytes)
-    for shard in shards:
-        write_tensors(partial / shard.file_name, {name: tensors[name] for name in shard.tensors})
-    write_index(partial, shards)
-    if source is not None:
-        copy_side_files(Path(source), partial)
-    write_json_atomically(
-        partial / "config.json", model_config(source_config, None, settings.to_dict()), sort_keys=True
-    )
-    publish(partial, target)
+    # A name that nobody else has: `<name>.partial` may be a conversion that somebody wants to go on with.
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    partial.mkdir(parents=True)
+    try:
+        for shard in shards:
+            write_tensors(partial / shard.file_name, {name: tensors[name] for name in shard.tensors})
+        write_index(partial, shards)
+        if source is not None:
+            copy_side_files(Path(source), partial)
+        write_json_atomically(
+            partial / "config.json", model_config(source_config, None, settings.to_dict()), sort_keys=True
+        )
+        publish(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return target
 
 

@@ -49,6 +49,7 @@ class Checkpoint:
 
     Args:
         directory: a folder with config.json (or quant_config.json, quantize_config.json) and safetensors files.
+        problems: where given, what is wrong with a module's headers is appended here, and `modules` holds the others.
 
     Raises:
         CheckpointError: the folder cannot be a QQQ checkpoint; the message says what is wrong with which tensor.
@@ -59,11 +60,11 @@ class Checkpoint:
         14336
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: str | os.PathLike[str], problems: list[str] | None = None) -> None:
         self.settings = read_quantization_config(directory)
         self.folder = TensorFolder(directory)
-        self.modules = find_quantized_modules(self.folder.tensors, self.settings)
-        if not self.modules:
+        self.modules = find_quantized_modules(self.folder.tensors, self.settings, problems)
+        if not self.modules and not problems:
             raise CheckpointError(f"{self.folder.directory} has no quantised module (no <module>.{PACKED})")
 
     def read(self, name: str) -> LoadedModule:
@@ -102,19 +103,25 @@ def check_values(
 
 
 def find_quantized_modules(
-    tensors: Mapping[str, TensorInfo], settings: QuantizationSettings
+    tensors: Mapping[str, TensorInfo], settings: QuantizationSettings, problems: list[str] | None = None
 ) -> dict[str, QuantizedModule]:
     """The quantised modules that headers describe, in natural order of their names.
 
     Raises:
-        CheckpointError: a tensor has a wrong shape or dtype or is missing, or the group size is not the config's.
+        CheckpointError: a tensor has a wrong shape or dtype or is missing, or the group size is not the config's. Not
+            where `problems` is given: all such sentences are appended to it, and their modules left out.
     """
     names = sorted((name[: -len(PACKED) - 1] for name in tensors if name.endswith("." + PACKED)), key=natural_key)
-    modules = {name: _describe(name, tensors, settings) for name in names}
+    found: list[str] = []
+    modules = {name: module for name in names if (module := _describe(name, tensors, settings, found)) is not None}
     for part in (CHANNEL_SCALE, GROUP_SCALE):
         for name in tensors:
-            if name.endswith("." + part) and name[: -len(part) - 1] not in modules:
-                raise CheckpointError(f"{name} has no {name[: -len(part)]}{PACKED} beside it")
+            if name.endswith("." + part) and f"{name[: -len(part)]}{PACKED}" not in tensors:
+                found.append(f"{name} has no {name[: -len(part)]}{PACKED} beside it")
+    if problems is not None:
+        problems.extend(found)
+    elif found:
+        raise CheckpointError(found[0])
     return modules
 
 
@@ -126,63 +133,75 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     ]
 
 
-def _describe(name: str, tensors: Mapping[str, TensorInfo], settings: QuantizationSettings) -> QuantizedModule:
+def _describe(
+    name: str, tensors: Mapping[str, TensorInfo], settings: QuantizationSettings, problems: list[str]
+) -> QuantizedModule | None:
+    """One module of the headers; None after appending to `problems` what is wrong with it."""
     packed = tensors[f"{name}.{PACKED}"]
-    _check_dtype(packed, (torch.int32,))
+    found = _dtype_problems(packed, (torch.int32,))
+    if f"{name}.weight" in tensors:
+        found.append(f"{name} has both {PACKED} and weight: is it quantised or not?")
     if len(packed.shape) != 2 or 0 in packed.shape or packed.shape[1] % (2 * TILE_OUT_FEATURES):
-        raise CheckpointError(
+        found.append(
             f"{packed.name} has shape {list(packed.shape)}; [in_features / {TILE_IN_FEATURES}, 2 * out_features] with "
             f"out_features a multiple of {TILE_OUT_FEATURES} is needed"
         )
+        problems.extend(found)  # without sizes there is nothing to compare the others with
+        return None
     in_features, out_features = packed.shape[0] * TILE_IN_FEATURES, packed.shape[1] // 2
     if in_features > MAX_IN_FEATURES:
-        raise CheckpointError(
-            f"{packed.name}: in_features is {in_features}; at most {MAX_IN_FEATURES} keeps sums in int32"
-        )
-    if f"{name}.weight" in tensors:
-        raise CheckpointError(f"{name} has both {PACKED} and weight: is it quantised or not?")
+        found.append(f"{packed.name}: in_features is {in_features}; at most {MAX_IN_FEATURES} keeps sums in int32")
 
     channel_scale = tensors.get(f"{name}.{CHANNEL_SCALE}")
     if channel_scale is None:
-        raise CheckpointError(f"{name} has {PACKED} but no {CHANNEL_SCALE}")
-    _check_dtype(channel_scale, (torch.float32,))
-    _check_shape(channel_scale, (1, out_features))
+        found.append(f"{name} has {PACKED} but no {CHANNEL_SCALE}")
+    else:
+        found += _dtype_problems(channel_scale, (torch.float32,))
+        found += _shape_problems(channel_scale, (1, out_features))
 
     group_scale = tensors.get(f"{name}.{GROUP_SCALE}")
     grouped = group_scale is not None and 0 not in group_scale.shape
     if group_scale is not None and grouped:
-        if settings.group_size != GROUP_SIZE:
-            raise CheckpointError(
-                f"{group_scale.name} has shape {list(group_scale.shape)}, but {settings.source or 'the configuration'} "
-                f"says group_size {settings.group_size}: one scale a channel, no group scales"
-            )
-        if in_features % GROUP_SIZE:
-            raise CheckpointError(
-                f"{packed.name}: in_features is {in_features}; groups of {GROUP_SIZE} need a multiple of it"
-            )
-        _check_dtype(group_scale, (torch.float16,))
-        _check_shape(group_scale, (in_features // GROUP_SIZE, out_features))
+        found += _group_scale_problems(group_scale, in_features, out_features, settings)
     elif settings.group_size == GROUP_SIZE and in_features != GROUP_SIZE:
         # With one group of inputs HandH1998/QQQ packs one scale a channel whatever the configuration says.
-        raise CheckpointError(
+        found.append(
             f"{name} has no {GROUP_SCALE}, but {settings.source or 'the configuration'} says group_size {GROUP_SIZE}"
         )
 
     bias = tensors.get(f"{name}.{BIAS}")
     if bias is not None:
-        _check_dtype(bias, _FLOAT_DTYPES)
+        found += _dtype_problems(bias, _FLOAT_DTYPES)
         # QQQLinear pads out_features to a tile, and leaves the bias as long as the layer really is.
         if len(bias.shape) != 1 or not out_features - TILE_OUT_FEATURES < bias.shape[0] <= out_features:
-            raise CheckpointError(f"{bias.name} has shape {list(bias.shape)}; {[out_features]} is needed")
+            found.append(f"{bias.name} has shape {list(bias.shape)}; {[out_features]} is needed")
+    problems.extend(found)
+    if found:
+        return None
     return QuantizedModule(name, in_features, out_features, GROUP_SIZE if grouped else PER_CHANNEL, bias is not None)
 
 
-def _check_dtype(info: TensorInfo, allowed: Iterable[torch.dtype]) -> None:
-    if info.dtype not in allowed:
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise CheckpointError(f"{info.name} has dtype {str(info.dtype).removeprefix('torch.')}; {names} is needed")
+def _group_scale_problems(
+    group_scale: TensorInfo, in_features: int, out_features: int, settings: QuantizationSettings
+) -> list[str]:
+    if settings.group_size != GROUP_SIZE:
+        return [
+            f"{group_scale.name} has shape {list(group_scale.shape)}, but {settings.source or 'the configuration'} "
+            f"says group_size {settings.group_size}: one scale a channel, no group scales"
+        ]
+    if in_features % GROUP_SIZE:
+        packed = f"{group_scale.name[: -len(GROUP_SCALE)]}{PACKED}"
+        return [f"{packed}: in_features is {in_features}; groups of {GROUP_SIZE} need a multiple of it"]
+    shape = (in_features // GROUP_SIZE, out_features)
+    return _dtype_problems(group_scale, (torch.float16,)) + _shape_problems(group_scale, shape)
 
 
-def _check_shape(info: TensorInfo, shape: tuple[int, ...]) -> None:
-    if info.shape != shape:
-        raise CheckpointError(f"{info.name} has shape {list(info.shape)}; {list(shape)} is needed")
+def _dtype_problems(info: TensorInfo, allowed: Iterable[torch.dtype]) -> list[str]:
+    if info.dtype in allowed:
+        return []
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+    return [f"{info.name} has dtype {str(info.dtype).removeprefix('torch.')}; {names} is needed"]
+
+
+def _shape_problems(info: TensorInfo, shape: tuple[int, ...]) -> list[str]:
+    return [] if info.shape == shape else [f"{info.name} has shape {list(info.shape)}; {list(shape)} is needed"]

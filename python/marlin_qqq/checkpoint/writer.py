@@ -1,6 +1,6 @@
 """Writing a checkpoint folder: shards planned from sizes, each file written under a temporary name and renamed.
 
-The folder itself is written as `<name>.partial` and renamed when it is complete, so `<name>` is never half a model.
+The folder itself is written under another name and renamed when it is complete, so `<name>` is never half a model.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from marlin_qqq._files import atomic_write, write_json_atomically
@@ -88,8 +89,11 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             value = value.clone()
         seen.add(value.untyped_storage().data_ptr())
         contiguous[name] = value
-    with atomic_write(path) as temporary:
-        save_file(contiguous, temporary, metadata={"format": "pt"})
+    try:
+        with atomic_write(path) as temporary:
+            save_file(contiguous, temporary, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:  # a full disk, a quota
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
 def write_index(directory: Path, shards: list[Shard]) -> None:
@@ -103,7 +107,7 @@ def write_index(directory: Path, shards: list[Shard]) -> None:
 
 
 def partial_directory(directory: Path) -> Path:
-    """Where an output folder grows until it is complete."""
+    """Where a conversion's output grows until it is complete."""
     return directory.with_name(directory.name + ".partial")
 
 

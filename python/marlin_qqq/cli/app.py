@@ -58,7 +58,9 @@ def _run(name: str, arguments: list[str]) -> None:
         message = str(error).strip() or type(error).__name__
         if not isinstance(error, (CliError, ValueError)):
             message += "\n(MARLIN_QQQ_TRACEBACK=1 shows where this comes from)"
-        typer.secho(f"marlin-qqq {name}: {message}", fg="red", err=True)
+        message = f"marlin-qqq {name}: {message}"
+        # no-color.org: the variable, not empty, asks for no colours on a terminal, either.
+        typer.echo(message if os.environ.get("NO_COLOR") else typer.style(message, fg="red"), err=True)
         raise typer.Exit(1) from error
 
 

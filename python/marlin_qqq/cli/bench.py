@@ -105,6 +105,8 @@ def quantize(
 
     settings = make_settings(device, dtype, "graph", replays, seconds, False, seed)
     widths, tokens = parse_integers(in_features), select_tokens(num_tokens, settings)
+    if widths[0] < 1:
+        raise ValueError(f"--in-features {in_features!r}: every row must have at least one element")
     implementations = quantize_implementations(settings.device, baselines)
     measure(
         settings,
@@ -279,19 +281,30 @@ def compare(
 ) -> None:
     """Two saved runs: what got slower or faster beyond the threshold and beyond the noise (p10 to p90)."""
     from marlin_qqq.bench.compare import compare_runs
-    from marlin_qqq.bench.output import make_console
+    from marlin_qqq.bench.output import make_console, print_table
     from marlin_qqq.bench.results import load_run
-    from marlin_qqq.bench.tables import comparison_table
+    from marlin_qqq.bench.tables import COMPARISON_DROPPED_FIRST, comparison_table
 
+    runs = {before: load_run(before), after: load_run(after)}
+    if relative_to is not None:
+        for path, run in runs.items():
+            names = list(dict.fromkeys(m.implementation for m in run.measurements if m.median_us))
+            if relative_to not in names:
+                raise ValueError(
+                    f"--relative-to is {relative_to!r}; measured in {path}: {', '.join(names) or 'nothing'}"
+                )
     console = make_console()
-    comparison = compare_runs(load_run(before), load_run(after), threshold, relative_to)
+    comparison = compare_runs(runs[before], runs[after], threshold, relative_to)
     for warning in comparison.warnings:
         console.print(f"Beware: {warning}.", style="yellow", highlight=False)
-    if not comparison.changes:
+    # First of all, for a wrong result has no time: it is in no other line.
+    for measurement in comparison.newly_wrong:
+        console.print(f"{measurement.key}: {measurement.check}", style="bold red", highlight=False)
+    if not comparison.changes and not comparison.newly_wrong:
         raise ValueError(f"{before} and {after} have no measurement in common")
     table = comparison_table(comparison, everything)
     if table.row_count:
-        console.print(table)
+        print_table(table, console, COMPARISON_DROPPED_FIRST)
     verdicts = [change.verdict for change in comparison.changes]
     console.print(
         f"{len(verdicts)} measurements in both: {verdicts.count('slower')} slower, {verdicts.count('faster')} faster, "
@@ -299,8 +312,6 @@ def compare(
         f"{len(comparison.only_before)} only before, {len(comparison.only_after)} only after.",
         highlight=False,
     )
-    for measurement in comparison.newly_wrong:
-        console.print(f"{measurement.key}: {measurement.check}", style="bold red", highlight=False)
     if comparison.newly_wrong or (fail and comparison.regressions):
         raise typer.Exit(1)
 
@@ -311,10 +322,14 @@ def plot(
     folder: Annotated[Path, typer.Argument(help="Folder for the PNG and SVG files.")],
 ) -> None:
     """Plots of a saved run."""
+    from marlin_qqq.bench.output import NOTHING_TO_PLOT
     from marlin_qqq.bench.plots import plot_run
     from marlin_qqq.bench.results import load_run
 
-    for path in plot_run(load_run(run_path), folder):
+    paths = plot_run(load_run(run_path), folder)
+    if not paths:
+        raise ValueError(f"{run_path} holds nothing to plot: {NOTHING_TO_PLOT}")
+    for path in paths:
         typer.echo(path)
 
 
@@ -323,10 +338,12 @@ def models() -> None:
     """The model presets and their shapes."""
     from rich.table import Table
 
-    from marlin_qqq.bench.output import make_console
+    from marlin_qqq.bench.output import make_console, print_table
     from marlin_qqq.bench.presets import MODELS, model_layers
 
-    table = Table("model", "qkv", "o", "gate_up", "down", title="out_features x in_features on one GPU")
+    table = Table(title="out_features x in_features on one GPU")
+    for header in ("model", "qkv", "o", "gate_up", "down"):
+        table.add_column(header, no_wrap=True)
     for name in MODELS:
         table.add_row(name, *(entry.shape for entry in model_layers(name)))
-    make_console().print(table)
+    print_table(table, make_console(), ("o", "qkv", "down", "gate_up"))

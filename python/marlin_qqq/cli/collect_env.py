@@ -5,6 +5,6 @@ from __future__ import annotations
 
 def command() -> None:
     """Print versions, libraries, devices and a self-test: paste it into a bug report. Never fails."""
-    from marlin_qqq.collect_env import collect_env
+    from marlin_qqq.collect_env import print_report
 
-    print(collect_env())
+    print_report()

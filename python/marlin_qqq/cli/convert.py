@@ -34,7 +34,7 @@ def command(
         typer.Option(help="Module to leave as it is, besides the output embeddings: a name or dotted part of one."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of what is not quantised: auto, float16 or bfloat16.")] = "auto",
-    device: Annotated[str, typer.Option(help="Where quantisation computes: cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where quantisation computes: cpu, cuda, cuda:INDEX or auto.")] = "cpu",
     max_shard_size: Annotated[str, typer.Option(help="Split the output into files of at most this size.")] = "5GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, write nothing.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw an unfinished conversion away.")] = False,
@@ -44,6 +44,7 @@ def command(
     An interrupted conversion leaves DESTINATION.partial; the same command goes on from there.
     """
     from marlin_qqq.convert import ConversionOptions, plan_conversion, run_conversion
+    from marlin_qqq.convert.run import check_conversion
 
     options = ConversionOptions(
         group_size=group_size,
@@ -60,6 +61,7 @@ def command(
     plan = plan_conversion(source, destination, options)
     _show_plan(plan)
     if dry_run:
+        check_conversion(plan, restart=restart)
         typer.echo("dry run: nothing was written")
         return
     try:
@@ -95,7 +97,7 @@ def _show_plan(plan: ConversionPlan) -> None:
     source = plan.source
     typer.echo(f"{source.directory} ({source.kind}) -> {plan.destination} (QQQ, {groups})")
     typer.echo(f"{len(source.layers)} linear layers quantised, {len(source.others)} tensors copied as {plan.dtype}")
-    for name, reason in source.skipped.items():
+    for name, reason in (source.skipped | source.joined).items():
         typer.echo(f"  kept as it is: {name} ({reason})")
     for shard in plan.shards:
         typer.echo(f"  {shard.file_name}  {format_bytes(shard.num_bytes)}")

@@ -109,7 +109,7 @@ def command(
         raise CliError(f"--keep is {keep}, which exists and is not an empty folder; nothing is overwritten")
     run_device, device_note = choose_device(device)
     if device_note:
-        console.print(f"[yellow]{device_note}[/]")
+        console.print(device_note, style="yellow", markup=False)
 
     with demo_view.progress_bar(console) as progress:
         task = progress.add_task("reading the model", total=None)
@@ -123,7 +123,7 @@ def command(
     for row in rows:
         console.print(demo_view.continuation_panel(row, rows[0], prompt or DEFAULT_PROMPT, highlight=prompt is None))
     if keep is not None:
-        console.print(f"The checkpoints are in {keep}")
+        console.print(f"The checkpoints are in {keep}", markup=False)
 
 
 def choose_device(wanted: str) -> tuple[torch.device, str]:

@@ -21,7 +21,7 @@ def command(
     max_error: Annotated[
         float | None, typer.Option(help="With --against: fail when a layer's relative error is larger.")
     ] = None,
-    worst: Annotated[int, typer.Option(help="Layers to show, the worst first; 0 shows all.")] = 20,
+    worst: Annotated[int, typer.Option(min=0, help="Layers to show, the worst first; 0 shows all.")] = 20,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here as JSON.")] = None,
 ) -> None:
     """Check a QQQ checkpoint: shapes, dtypes, finite values, int8 range, architecture; and its layers' errors.
@@ -31,19 +31,25 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
+    from marlin_qqq._files import check_writable
     from marlin_qqq.checkpoint import Checkpoint
     from marlin_qqq.verify import verify_checkpoint
 
     if max_error is not None and against is None:
         raise typer.BadParameter("max-error needs --against")
-    count = len(Checkpoint(directory).modules)
+    if json_file is not None:
+        check_writable(json_file)
+    count = len(Checkpoint(directory, problems=[]).modules)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("layers", total=count)
         report = verify_checkpoint(directory, against, on_layer=lambda name: bar.update(task, advance=1))
     if json_file is not None:
         _write_json(json_file, report)
     _show(report, worst, against is not None)
-    bad = [layer for layer in report.layers if max_error is not None and (layer.relative_error or 0.0) > max_error]
+    bad = []
+    if max_error is not None:
+        # "not at most": a comparison with NaN is false either way, and NaN must not pass.
+        bad = [layer for layer in report.layers if not (layer.relative_error or 0.0) <= max_error]
     for layer in bad:
         typer.echo(f"{layer.module.name}: relative error {layer.relative_error:.4f} is above {max_error}", err=True)
     for problem in report.problems:

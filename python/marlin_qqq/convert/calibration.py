@@ -156,9 +156,9 @@ class BlockwiseCalibration:
             def forward(hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
                 if not calls:
                     first_input.append(hidden_states)
-                calls.append(
-                    (arguments, keywords | ({"past_key_values": None} if "past_key_values" in keywords else {}))
-                )
+                # Its name in Transformers of either age: blocks run anew must not add to a cache.
+                cache = {name: None for name in ("cache", "past_key_values") if name in keywords}
+                calls.append((arguments, keywords | cache))
                 return hidden_states
 
             return forward

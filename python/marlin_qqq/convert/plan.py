@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from marlin_qqq._devices import NoDevice, check_device
 from marlin_qqq.checkpoint.config import SUPPORTED_GROUP_SIZES, QuantizationSettings
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.reader import natural_key
@@ -35,7 +36,7 @@ class ConversionOptions:
         skip: modules to leave as they are, besides the output embeddings: names or whole dotted parts of names.
         dtype: of the tensors that are not quantised; "auto" keeps float16 and bfloat16 and turns float32 into float16.
         max_shard_bytes: a larger output is split.
-        device: where quantisation computes.
+        device: where quantisation computes: cpu, cuda, cuda:INDEX or auto.
     """
 
     group_size: int | None = None
@@ -63,6 +64,12 @@ class ConversionOptions:
         for name in ("num_samples", "sequence_length", "max_shard_bytes"):
             if getattr(self, name) < 1:
                 raise CheckpointError(f"{name} is {getattr(self, name)}; at least 1 is needed")
+        if isinstance(self.skip, str) or not all(isinstance(name, str) and name.strip() for name in self.skip):
+            raise CheckpointError(f"skip is {self.skip!r}; names of modules or dotted parts of names are needed")
+        try:
+            object.__setattr__(self, "device", check_device(self.device))
+        except NoDevice as error:
+            raise CheckpointError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -141,6 +148,11 @@ def plan_conversion(source: Path, destination: Path, options: ConversionOptions)
                 f"group_size is {group_size}, but the {opened.kind} source has {opened.group_size}, and its codes keep "
                 "their groups"
             )
+        if opened.kind == "qqq" and (options.skip or not options.clip):
+            given = f"skip is {', '.join(options.skip)}" if options.skip else "clip is off"
+            raise CheckpointError(
+                f"{given}, but the source is qqq already: what is quantised in it stays so, and no scales are searched"
+            )
         if options.method == "gptq":
             raise CheckpointError(
                 f"method is gptq, but the source is {opened.kind} already: its codes are repacked, not searched"
@@ -157,7 +169,7 @@ def plan_conversion(source: Path, destination: Path, options: ConversionOptions)
 
 
 def layer_tensors(
-    layer: LinearLayer, group_size: int, bias_dtype: torch.dtype | None
+    layer: LinearLayer, group_size: int, bias: tuple[torch.dtype, tuple[int, ...]] | None
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The tensors that a quantised layer has on disk."""
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
@@ -166,8 +178,8 @@ def layer_tensors(
     }
     if group_size == GROUP_SIZE:
         tensors[f"{layer.name}.s_group"] = (torch.float16, (layer.in_features // GROUP_SIZE, layer.out_features))
-    if bias_dtype is not None:
-        tensors[f"{layer.name}.bias"] = (bias_dtype, (layer.out_features,))
+    if bias is not None:
+        tensors[f"{layer.name}.bias"] = bias
     return tensors
 
 
@@ -187,7 +199,9 @@ def _units(source: Source, group_size: int, dtype: torch.dtype) -> dict:
         size = group_size
         if source.checkpoint is not None:
             size = source.checkpoint.modules[name].group_size
-        units[name] = layer_tensors(layer, size, dtype if "bias" in layer.parts else None)
+        # Padded QQQ weights have more outputs than their layer; its bias is as long as the layer really is.
+        bias = (dtype, source.folder.tensors[layer.parts["bias"]].shape) if "bias" in layer.parts else None
+        units[name] = layer_tensors(layer, size, bias)
     return {name: units[name] for name in sorted(units, key=natural_key)}
 
 

@@ -74,12 +74,9 @@ def run_conversion(
             on it, or a source tensor is unusable.
     """
     begin = time.perf_counter()
-    refuse_existing(plan.destination)
+    check_conversion(plan, restart=restart)
     folder = partial_directory(plan.destination)
-    if restart and folder.exists():
-        shutil.rmtree(folder)
-    with _claim(folder, plan):
-        check_free_space(folder, plan.output_bytes - sum(file.stat().st_size for file in folder.iterdir()))
+    with _claim(folder, plan.fingerprint(), restart):
         producer = _Producer(plan, folder)
         resumed = 0
         for shard, written in zip(plan.shards, plan.written_shards(), strict=True):
@@ -102,6 +99,7 @@ def run_conversion(
         write_json_atomically(
             folder / "config.json", model_config(plan.source.config, dtype, plan.settings.to_dict()), sort_keys=True
         )
+        refuse_existing(plan.destination)  # while the folder is still one to go on with
         (folder / _STATE_FILE).unlink()
         publish(folder, plan.destination)
     return ConversionResult(
@@ -113,6 +111,24 @@ def run_conversion(
         seconds=time.perf_counter() - begin,
         peak_bytes=peak_memory_bytes(),
     )
+
+
+def check_conversion(plan: ConversionPlan, *, restart: bool = False) -> None:
+    """Refuses what can be known to fail before there is anything on the disk; what `convert --dry-run` checks, too.
+
+    Raises:
+        CheckpointError: the destination exists, or the calibration text or the disk's space will not do.
+    """
+    options = plan.options
+    refuse_existing(plan.destination)
+    if options.calibration is not None:
+        calibration_tokens(plan.source.directory, options.calibration, options.num_samples, options.sequence_length)
+    folder = partial_directory(plan.destination)
+    there = 0
+    if folder.is_dir() and not restart:
+        there = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    check_free_space(existing, plan.output_bytes - there)
 
 
 def peak_memory_bytes() -> int:
@@ -149,10 +165,13 @@ class _Producer:
 
     def _copied(self, name: str, dtype: torch.dtype) -> Tensor:
         tensor = self.plan.source.folder.read(name)
+        wrong = int((~torch.isfinite(tensor)).sum())
+        if wrong:
+            raise CheckpointError(f"{name} holds {wrong} NaN or infinite values; all must be finite")
         if tensor.dtype == dtype:
             return tensor
         converted = tensor.to(dtype)
-        if not bool(torch.isfinite(converted).all()) and bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(converted).all()):
             raise CheckpointError(
                 f"{name} has values up to {tensor.abs().max():.4g}, beyond {dtype}: use dtype bfloat16"
             )
@@ -226,40 +245,63 @@ def _read_dequantized(file: Path, name: str) -> Tensor:
 def _is_complete(file: Path, plan: ConversionPlan, shard: Shard) -> bool:
     if not file.exists():
         return False
-    found = {info.name: (info.dtype, info.shape) for info in read_header(file)}
+    try:
+        found = {info.name: (info.dtype, info.shape) for info in read_header(file)}
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; pass restart to throw the unfinished conversion away") from error
     return found == plan.tensors_of(shard)
 
 
 @contextmanager
-def _claim(folder: Path, plan: ConversionPlan) -> Iterator[None]:
-    """Opens the unfinished folder for this process alone, or makes it."""
+def _claim(folder: Path, fingerprint: str, restart: bool) -> Iterator[None]:
+    """Opens the unfinished folder for this process alone, or makes it. restart: empties a conversion's folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    state_path = folder / _STATE_FILE
-    fingerprint = plan.fingerprint()
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise CheckpointError(f"another process is writing {folder}") from error
-        if state_path.exists():
-            if read_json_object(state_path).get("fingerprint") == fingerprint:
-                logger.info("going on with the unfinished conversion in %s", folder)
-            elif any(folder.glob("*.safetensors")):
-                raise CheckpointError(
-                    f"{folder} holds an unfinished conversion of another source or with other options; remove it, or "
-                    "pass restart"
-                )
-            else:  # nothing is lost
-                write_json_atomically(state_path, {"fingerprint": fingerprint})
-        elif any(folder.iterdir()):
-            raise CheckpointError(
-                f"{folder} exists and is no unfinished conversion; remove it or name another destination"
-            )
-        else:
-            write_json_atomically(state_path, {"fingerprint": fingerprint})
+        if not (folder.is_dir() and os.path.samestat(os.fstat(descriptor), os.stat(folder))):
+            raise CheckpointError(f"another process has just finished or removed {folder}")
+        _open_state(folder, fingerprint, restart)
         for leftover in folder.glob(f"*{TEMPORARY_SUFFIX}"):
             leftover.unlink()
-        yield
+        try:
+            yield
+        except CheckpointError:
+            if not any(folder.glob("*.safetensors")):  # nothing to go on from
+                _empty(folder)
+                folder.rmdir()
+            raise
     finally:
         os.close(descriptor)
+
+
+def _open_state(folder: Path, fingerprint: str, restart: bool) -> None:
+    """Decides whether to go on with what is in the folder, which this process has locked."""
+    state_path = folder / _STATE_FILE
+    if not state_path.exists() and any(folder.iterdir()):
+        # Whatever it is, it is no conversion's: not even restart may delete it.
+        raise CheckpointError(f"{folder} exists and is no unfinished conversion; remove it or name another destination")
+    if state_path.exists() and restart:
+        _empty(folder)
+    if state_path.exists():
+        if read_json_object(state_path).get("fingerprint") == fingerprint:
+            logger.info("going on with the unfinished conversion in %s", folder)
+            return
+        if any(folder.glob("*.safetensors")):
+            raise CheckpointError(
+                f"{folder} holds an unfinished conversion of another source or with other options; remove it, or "
+                "pass restart"
+            )
+    write_json_atomically(state_path, {"fingerprint": fingerprint})
+
+
+def _empty(folder: Path) -> None:
+    """Removes what a conversion wrote; the state file last, so that a folder half emptied is still a conversion's."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == _STATE_FILE):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -46,6 +46,7 @@ class Source:
         skipped: linear layers that stay as they are -> the reason.
         output_embeddings: the layer that makes logits, which always stays as it is.
         others: tensors that are copied.
+        joined: parameters that hold several matrices, such as experts, and stay as they are -> a sentence.
         group_size: of a "gptq" or "qqq" source.
     """
 
@@ -60,6 +61,7 @@ class Source:
     quantization_config: dict[str, Any] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
     output_embeddings: str = "lm_head"
+    joined: dict[str, str] = field(default_factory=dict)
 
     @property
     def gptq_format(self) -> Literal["gptq", "gptq_v2"]:
@@ -83,10 +85,11 @@ def open_source(directory: Path, skip: Iterable[str] = ()) -> Source:
         CheckpointError: no config, no safetensors, another quantisation method, or an architecture that Transformers
             does not know.
     """
+    found = find_quantization_config(directory)
     config = read_json_object(directory / "config.json")
     config.pop("quantization_config", None)
-    found = find_quantization_config(directory)
     folder = TensorFolder(directory)
+    check_num_layers(config, folder)
     skip = tuple(skip)
     if found is None:
         return _float_source(directory, config, folder, skip)
@@ -102,6 +105,7 @@ def open_source(directory: Path, skip: Iterable[str] = ()) -> Source:
 
 def _float_source(directory: Path, config: dict[str, Any], folder: TensorFolder, skip: tuple[str, ...]) -> Source:
     model = build_empty_model(config, directory)
+    _refuse_unknown(skip, linear_modules(model))
     head = model.get_output_embeddings()
     layers, skipped, output_embeddings = {}, {}, "lm_head"
     for name, module in sorted(linear_modules(model).items(), key=lambda item: natural_key(item[0])):
@@ -124,9 +128,12 @@ def _float_source(directory: Path, config: dict[str, Any], folder: TensorFolder,
             continue
         parts = {"weight": info.name}
         if f"{name}.bias" in folder:
-            parts["bias"] = f"{name}.bias"
+            parts["bias"] = _checked_bias(folder, name, out_features)
         layers[name] = LinearLayer(name, in_features, out_features, parts)
     source = Source(directory, "float", config, folder, layers, skipped, [], output_embeddings=output_embeddings)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 2:
+            source.joined[name] = f"{list(parameter.shape)}: several matrices in one tensor, no linear layer"
     return _finish(source)
 
 
@@ -151,14 +158,38 @@ def _gptq_source(
                 f"{key} is {folder.tensors[key].dtype} {list(shape)}; int32 [in_features / 8, N] is needed"
             )
         in_features, out_features = shape[0] * 8, shape[1]
-        parts = {part: f"{name}.{part}" for part in (*GPTQ_PARTS, "bias") if f"{name}.{part}" in folder}
+        parts = {part: f"{name}.{part}" for part in GPTQ_PARTS if f"{name}.{part}" in folder}
+        if f"{name}.bias" in folder:
+            parts["bias"] = _checked_bias(folder, name, out_features)
         reason = _reason_to_skip(name, in_features, out_features, skip)
         if reason is None and not {"scales", "qzeros"} <= parts.keys():
             reason = "scales or qzeros is missing"
         if reason is not None:
             raise CheckpointError(f"{name} is GPTQ in the files and cannot stay so: {reason}")
         layers[name] = LinearLayer(name, in_features, out_features, parts)
+    _refuse_unknown(skip, layers)
     return _finish(Source(directory, "gptq", config, folder, layers, {}, [], int(group_size), quantization))
+
+
+def _refuse_unknown(skip: tuple[str, ...], layers: Iterable[str]) -> None:
+    """Refuses what names no layer: it may be misspelt, and the layer that was meant would be quantised."""
+    names = list(layers)
+    for part in skip:
+        if not any(is_skipped(name, [part]) for name in names):
+            raise CheckpointError(
+                f"skip is {part!r}, which names no linear layer of the model; they are called {names[0]} and so on"
+                if names
+                else f"skip is {part!r}, but the model has no linear layers"
+            )
+
+
+def _checked_bias(folder: TensorFolder, name: str, out_features: int) -> str:
+    info = folder.tensors[f"{name}.bias"]
+    if info.dtype not in _FLOAT_DTYPES or info.shape != (out_features,):
+        raise CheckpointError(
+            f"{info.name} is {info.dtype} {list(info.shape)}; a floating-point [{out_features}] is needed"
+        )
+    return info.name
 
 
 def _qqq_source(directory: Path, config: dict[str, Any], folder: TensorFolder) -> Source:
@@ -174,6 +205,16 @@ def _qqq_source(directory: Path, config: dict[str, Any], folder: TensorFolder) -
 def linear_modules(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """The linear layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def check_num_layers(config: Mapping[str, Any], folder: TensorFolder) -> None:
+    """Refuses more layers than there are tensors: to build a million of them takes hours, even without weights."""
+    count = config.get("num_hidden_layers")
+    if isinstance(count, int) and count > len(folder.tensors):
+        raise CheckpointError(
+            f"{folder.directory}/config.json: num_hidden_layers is {count}, but the files hold {len(folder.tensors)} "
+            "tensors in all"
+        )
 
 
 def build_empty_model(config: Mapping[str, Any], directory: Path) -> Any:
