@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from marlin_qqq.checkpoint.architecture import tensor_problems
 from marlin_qqq.checkpoint.config import read_json_object
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.reader import PACKED, Checkpoint, QuantizedModule
-from marlin_qqq.checkpoint.tensors import TensorFolder, TensorInfo
+from marlin_qqq.checkpoint.tensors import TensorFolder
 from marlin_qqq.convert.source import build_empty_model, check_num_layers, linear_modules
 from marlin_qqq.linear import round_up
 from marlin_qqq.packing import IN_FEATURES_MULTIPLE, OUT_FEATURES_MULTIPLE
@@ -140,23 +139,12 @@ def _architecture_problems(checkpoint: Checkpoint) -> list[str]:
     problems = [
         f"{name} is quantised, but the model has no such layer" for name in checkpoint.modules if name not in linear
     ]
-    stored = _stored_as(model, checkpoint.folder.tensors.values())
-    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
-    for names in _tied_names(model):
-        tensor = names[0][1]
-        layer_names = [name.removesuffix(".weight") for name, _ in names if name.endswith(".weight")]
-        quantized = [name for name in layer_names if name in linear and _is_quantized(checkpoint, name)]
-        found = [stored[name] for name, _ in names if name in stored]
-        for name in quantized:
-            problems += _size_problems(checkpoint, name, linear[name])
-        for sources in found:
-            problems += sources.problems(tensor)
-        if not quantized and not found and not any(rule.search(name) for rule in ignored for name, _ in names):
-            name = names[0][0]
-            layer = name.removesuffix(".weight")
-            detail = f": neither {layer}.{PACKED} nor {name} is in the folder" if layer in linear else ""
-            problems.append(f"{layer if detail else name} is missing{detail}")
-    return problems
+    for name, layer in linear.items():
+        if _is_quantized(checkpoint, name):
+            problems += _size_problems(checkpoint, name, layer)
+    return problems + tensor_problems(
+        model, checkpoint.folder.tensors.values(), lambda name: _is_quantized(checkpoint, name)
+    )
 
 
 def _is_quantized(checkpoint: Checkpoint, module_name: str) -> bool:
@@ -175,51 +163,3 @@ def _size_problems(checkpoint: Checkpoint, name: str, layer: torch.nn.Linear) ->
         f"{name} holds [{module.out_features}, {module.in_features}] weights, the model's layer has "
         f"[{layer.out_features}, {layer.in_features}]"
     ]
-
-
-def _tied_names(model: torch.nn.Module) -> list[list[tuple[str, torch.Tensor]]]:
-    """The model's parameters and stored buffers; names that stand for one tensor are together."""
-    groups: dict[int, list[tuple[str, torch.Tensor]]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        groups.setdefault(id(tensor), []).append((name, tensor))
-    return list(groups.values())
-
-
-@dataclass
-class _Stored:
-    """What the files hold for one tensor of the model. joined: loaders join several tensors to this one."""
-
-    name: str
-    infos: list[TensorInfo]
-    joined: bool = False
-
-    def problems(self, needed: torch.Tensor) -> list[str]:
-        shape = tuple(needed.shape)
-        found = []
-        for info in self.infos:
-            if not self.joined and info.shape != shape:
-                found.append(f"{info.name} has shape {list(info.shape)}, the model's has {list(shape)}")
-            if info.dtype.is_floating_point != needed.dtype.is_floating_point:
-                kind = "a floating-point type" if needed.dtype.is_floating_point else str(needed.dtype)[6:]
-                found.append(f"{info.name} has dtype {str(info.dtype).removeprefix('torch.')}; {kind} is needed")
-        values = sum(math.prod(info.shape) for info in self.infos)
-        if self.joined and values != needed.numel():
-            found.append(f"{self.name} is joined from {len(self.infos)} tensors of {values} values, not {list(shape)}")
-        return found
-
-
-def _stored_as(model: Any, infos: Iterable[TensorInfo]) -> dict[str, _Stored]:
-    """The files' tensors by their name in the model: some families' files have other names, or split tensors."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    rules = get_model_conversion_mapping(model)
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    renamings: list[Any] = [rule for rule in rules if not isinstance(rule, WeightConverter)]
-    expected = model.state_dict()
-    stored: dict[str, _Stored] = {}
-    for info in infos:
-        name, pattern = rename_source_key(info.name, renamings, converters, model.base_model_prefix, expected)
-        entry = stored.setdefault(name, _Stored(name, [], joined=pattern is not None))
-        entry.infos.append(info)
-    return stored

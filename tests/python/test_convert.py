@@ -438,6 +438,30 @@ def test_sources_that_are_refused(source: Path, tmp_path: Path) -> None:
         plan(source)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.layers.1.self_attn.q_proj.weight": None}, "model.layers.1.self_attn.q_proj.weight is missing"),
+        (
+            {"model.norm.weight": None, "model.embed_tokens.weight": None},
+            r"embed_tokens.weight is missing \(and 1 more\)",
+        ),
+        ({"model.norm.weight": torch.ones(64)}, r"model.norm.weight has shape \[64\], the model's has \[128\]"),
+    ],
+)
+def test_sources_that_lack_tensors_of_the_model(source: Path, change: dict, message: str) -> None:
+    """Loaders would fill them with random numbers."""
+    rewrite_tensors(source, change)
+    with pytest.raises(CheckpointError, match=f"is not the model of its config.json: .*{message}"):
+        plan(source)
+
+
+def test_tied_output_embeddings_may_be_missing(tmp_path: Path) -> None:
+    save_float_folder(tmp_path / "float", tie_word_embeddings=True)
+    assert "lm_head.weight" not in TensorFolder(tmp_path / "float")
+    plan(tmp_path / "float")
+
+
 def test_a_million_layers_are_not_built(source: Path) -> None:
     rewrite_config(source, num_hidden_layers=10**6)
     with pytest.raises(CheckpointError, match="num_hidden_layers is 1000000, but the files hold 21 tensors"):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from marlin_qqq.checkpoint.architecture import tensor_problems
 from marlin_qqq.checkpoint.config import SUPPORTED_GROUP_SIZES, find_quantization_config, read_json_object
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.reader import Checkpoint, natural_key
@@ -114,7 +115,7 @@ def _float_source(directory: Path, config: dict[str, Any], folder: TensorFolder,
             output_embeddings = name
         info = folder.tensors.get(f"{name}.weight")
         if info is None:
-            continue  # tied to another tensor, or a part that the folder does not hold
+            continue  # tied to another tensor, or under another name, which loaders know
         if info.dtype not in _FLOAT_DTYPES or info.shape != (out_features, in_features):
             raise CheckpointError(
                 f"{info.name} is {info.dtype} {list(info.shape)}; the model's configuration needs a floating-point "
@@ -130,6 +131,10 @@ def _float_source(directory: Path, config: dict[str, Any], folder: TensorFolder,
         if f"{name}.bias" in folder:
             parts["bias"] = _checked_bias(folder, name, out_features)
         layers[name] = LinearLayer(name, in_features, out_features, parts)
+    problems = tensor_problems(model, folder.tensors.values())
+    if problems:  # loaders would fill what is missing with random numbers
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{directory} is not the model of its config.json: {problems[0]}{more}")
     source = Source(directory, "float", config, folder, layers, skipped, [], output_embeddings=output_embeddings)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 2:
