@@ -72,10 +72,11 @@ std::vector<int64_t> sizes_of(const Tensor& tensor) {
   auto bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
   bool countable = true;
   for (int64_t i = 0; i < rank; ++i) countable = countable && !__builtin_mul_overflow(bytes, sizes[i], &bytes);
-  const bool out_of_memory = countable && device_type == aoti_torch_device_type_cpu();
-  fail(op, out_of_memory ? "out of memory: " : "", "cannot allocate ",
+  const bool on_cpu = device_type == aoti_torch_device_type_cpu();
+  fail(op, countable && on_cpu ? "out of memory: " : "", "cannot allocate ",
        countable ? std::to_string(bytes) : std::string("2^63 or more"), " bytes on ",
-       device_name(device_type, device_index), " for shape ", shape_name(sizes, rank), " of ", dtype_name(dtype));
+       device_name(device_type, device_index), " for shape ", shape_name(sizes, rank), " of ", dtype_name(dtype),
+       countable && !on_cpu ? " (out of memory, or an error of earlier work on the device)" : "");
 }
 
 }  // namespace
