@@ -175,6 +175,8 @@ def test_options_that_a_gptq_folder_cannot_follow(tmp_path: Path, text: Path) ->
         convert(tmp_path / "gptq", tmp_path / "q", group_size=-1)
     with pytest.raises(CheckpointError, match="repacked, not searched"):
         convert(tmp_path / "gptq", tmp_path / "q", **gptq_options(text))
+    with pytest.raises(CheckpointError, match="clip is off, but the source is gptq already: no scales are searched"):
+        convert(tmp_path / "gptq", tmp_path / "q", clip=False)
     rewrite_tensors(tmp_path / "gptq", {"model.layers.0.mlp.down_proj.scales": None})
     with pytest.raises(CheckpointError, match="scales or qzeros is missing"):
         convert(tmp_path / "gptq", tmp_path / "q")

@@ -148,15 +148,16 @@ def plan_conversion(source: Path, destination: Path, options: ConversionOptions)
                 f"group_size is {group_size}, but the {opened.kind} source has {opened.group_size}, and its codes keep "
                 "their groups"
             )
-        if opened.kind == "qqq" and (options.skip or not options.clip):
-            given = f"skip is {', '.join(options.skip)}" if options.skip else "clip is off"
+        if options.skip and opened.kind == "qqq":
             raise CheckpointError(
-                f"{given}, but the source is qqq already: what is quantised in it stays so, and no scales are searched"
+                f"skip is {', '.join(options.skip)}, but the source is qqq already: what is quantised in it stays so"
             )
         if options.method == "gptq":
             raise CheckpointError(
                 f"method is gptq, but the source is {opened.kind} already: its codes are repacked, not searched"
             )
+        if not options.clip:
+            raise CheckpointError(f"clip is off, but the source is {opened.kind} already: no scales are searched")
     settings = QuantizationSettings(GROUP_SIZE if group_size is None else group_size, _skip_list(opened, options))
     dtype = _output_dtype(opened, options.dtype)
     units = _units(opened, settings.group_size, dtype)
