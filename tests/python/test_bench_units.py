@@ -106,7 +106,9 @@ def test_refused_integer_lists(text):
 
 
 def test_the_formats_numbers_are_packings():
-    """bench has its own, so as not to load torch for a shape."""
+    """And shapes and floors do not load torch for them."""
+    script = "import sys, marlin_qqq.bench.presets, marlin_qqq.bench.problem; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
     assert (problem.GROUP_128, problem.PER_CHANNEL) == (packing.GROUP_SIZE, packing.PER_CHANNEL)
     assert presets.OUT_FEATURES_MULTIPLE == packing.OUT_FEATURES_MULTIPLE
     assert presets.IN_FEATURES_MULTIPLE == packing.IN_FEATURES_MULTIPLE

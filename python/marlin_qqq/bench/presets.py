@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# As in marlin_qqq.packing, which loads torch: names and shapes are there without it.
-OUT_FEATURES_MULTIPLE = 64
-IN_FEATURES_MULTIPLE = 128
+from marlin_qqq.limits import IN_FEATURES_MULTIPLE, OUT_FEATURES_MULTIPLE
+
 # In a range of batch sizes: a larger one would be a mistake, and its list would fill the memory.
 MOST_INTEGERS = 100_000
 

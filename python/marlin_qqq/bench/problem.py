@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# As in marlin_qqq.packing, which loads torch: the arithmetic here does without it.
-PER_CHANNEL = -1
-GROUP_128 = 128
+from marlin_qqq.limits import GROUP_SIZE as GROUP_128  # noqa: F401  importers take both from here
+from marlin_qqq.limits import PER_CHANNEL
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,12 @@ import torch
 from marlin_qqq.checkpoint.config import QuantizationSettings, read_quantization_config
 from marlin_qqq.checkpoint.errors import CheckpointError
 from marlin_qqq.checkpoint.tensors import TensorFolder, TensorInfo
+from marlin_qqq.limits import IN_FEATURES_LIMIT
 from marlin_qqq.packing import GROUP_SIZE, PER_CHANNEL, TILE_IN_FEATURES, TILE_OUT_FEATURES, QQQWeight
 from marlin_qqq.quantization import check_and_repair
 
 # Names of a quantised module's tensors on disk, both flavours.
 PACKED, CHANNEL_SCALE, GROUP_SCALE, BIAS = "B", "s_channel", "s_group", "bias"
-# int32 sums of K products of int8 cannot overflow below this (docs/format.md).
-MAX_IN_FEATURES = 132_103
 logger = logging.getLogger(__name__)
 
 _FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -149,8 +148,10 @@ def _describe(
         problems.extend(found)  # without sizes there is nothing to compare the others with
         return None
     in_features, out_features = packed.shape[0] * TILE_IN_FEATURES, packed.shape[1] // 2
-    if in_features > MAX_IN_FEATURES:
-        found.append(f"{packed.name}: in_features is {in_features}; at most {MAX_IN_FEATURES} keeps sums in int32")
+    if in_features >= IN_FEATURES_LIMIT:
+        found.append(
+            f"{packed.name}: in_features is {in_features}; at most {IN_FEATURES_LIMIT - 1} keeps sums in int32"
+        )
 
     channel_scale = tensors.get(f"{name}.{CHANNEL_SCALE}")
     if channel_scale is None:
