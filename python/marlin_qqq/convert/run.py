@@ -74,10 +74,10 @@ def run_conversion(
             on it, or a source tensor is unusable.
     """
     begin = time.perf_counter()
-    check_conversion(plan, restart=restart)
+    tokens = check_conversion(plan, restart=restart)
     folder = partial_directory(plan.destination)
     with _claim(folder, plan.fingerprint(), restart):
-        producer = _Producer(plan, folder)
+        producer = _Producer(plan, folder, tokens)
         resumed = 0
         for shard, written in zip(plan.shards, plan.written_shards(), strict=True):
             if _is_complete(folder / shard.file_name, plan, shard):
@@ -113,22 +113,29 @@ def run_conversion(
     )
 
 
-def check_conversion(plan: ConversionPlan, *, restart: bool = False) -> None:
+def check_conversion(plan: ConversionPlan, *, restart: bool = False) -> list[Tensor]:
     """Refuses what can be known to fail before there is anything on the disk; what `convert --dry-run` checks, too.
+
+    Returns:
+        The calibration text's sequences, empty where there is none.
 
     Raises:
         CheckpointError: the destination exists, or the calibration text or the disk's space will not do.
     """
     options = plan.options
     refuse_existing(plan.destination)
+    tokens: list[Tensor] = []
     if options.calibration is not None:
-        calibration_tokens(plan.source.directory, options.calibration, options.num_samples, options.sequence_length)
+        tokens = calibration_tokens(
+            plan.source.directory, options.calibration, options.num_samples, options.sequence_length
+        )
     folder = partial_directory(plan.destination)
     there = 0
     if folder.is_dir() and not restart:
         there = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     check_free_space(existing, plan.output_bytes - there)
+    return tokens
 
 
 def peak_memory_bytes() -> int:
@@ -139,9 +146,10 @@ def peak_memory_bytes() -> int:
 class _Producer:
     """Makes the tensors of one unit of the output."""
 
-    def __init__(self, plan: ConversionPlan, folder: Path) -> None:
+    def __init__(self, plan: ConversionPlan, folder: Path, tokens: list[Tensor]) -> None:
         self.plan = plan
         self.folder = folder
+        self.tokens = tokens
         self.repaired: dict[str, tuple[int, ...]] = {}
         self.finished: dict[str, Path] = {}
         self.calibration: BlockwiseCalibration | None = None
@@ -224,13 +232,8 @@ class _Producer:
         return quantized
 
     def _start_calibration(self) -> BlockwiseCalibration:
-        options = self.plan.options
-        assert options.calibration is not None
-        tokens = calibration_tokens(
-            self.plan.source.directory, options.calibration, options.num_samples, options.sequence_length
-        )
         finished = {name: partial(_read_dequantized, file, name) for name, file in self.finished.items()}
-        return BlockwiseCalibration(self.plan.source, tokens, options.device, finished)
+        return BlockwiseCalibration(self.plan.source, self.tokens, self.plan.options.device, finished)
 
 
 def _read_dequantized(file: Path, name: str) -> Tensor:
