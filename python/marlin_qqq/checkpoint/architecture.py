@@ -29,7 +29,9 @@ class _Stored:
             if not self.joined and info.shape != shape:
                 found.append(f"{info.name} has shape {list(info.shape)}, the model's has {list(shape)}")
             if info.dtype.is_floating_point != needed.dtype.is_floating_point:
-                kind = "a floating-point type" if needed.dtype.is_floating_point else str(needed.dtype)[6:]
+                kind = "a floating-point type"
+                if not needed.dtype.is_floating_point:
+                    kind = str(needed.dtype).removeprefix("torch.")
                 found.append(f"{info.name} has dtype {str(info.dtype).removeprefix('torch.')}; {kind} is needed")
         values = sum(math.prod(info.shape) for info in self.infos)
         if self.joined and values != needed.numel():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from marlin_qqq._files import write_json_atomically
+from marlin_qqq._files import check_writable, write_json_atomically
 
 if TYPE_CHECKING:
     from marlin_qqq.verify import VerificationReport
@@ -31,7 +31,6 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
-    from marlin_qqq._files import check_writable
     from marlin_qqq.checkpoint import Checkpoint
     from marlin_qqq.verify import verify_checkpoint
 
