@@ -16,9 +16,12 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
 double sm90_estimated_us(const Problem& problem, const DeviceProperties& device, const Plan& plan,
                          const Sm90Model& model);
 
-// Stages of every ring that a launch dequantises while the launch before it ends, if the weights are constant. With
-// group scales only, where that is the larger part of a short product, and only where there is time for it: warps need
-// a quarter of the device beside them, warpgroups, which wait for more activations, a half.
+// Stages of the longest ring of a launch of tiles whose rings share the inputs.
+int64_t sm90_ring_stages(const Problem& problem, const Plan& plan);
+
+// Stages of every ring that a launch dequantises while the launch before it ends, if the weights are constant, and only
+// where there is time for it: warps need a quarter of the device beside them, warpgroups, which wait for more
+// activations and do it with group scales only, a half.
 int sm90_stages_ahead(const Problem& problem, const Plan& plan);
 
 // The largest problem the kernels' 32-bit coordinates take.

@@ -64,10 +64,18 @@ double flow_us(const Problem& problem, const DeviceProperties& device, const Pla
 
 }  // namespace
 
+int64_t sm90_ring_stages(const Problem& problem, const Plan& plan) {
+  const int rings = kSm90Tiles[plan.tile].rings() * plan.split * plan.scratch_split;
+  return divide_up(divide_up(problem.in_features, 128), rings);
+}
+
 int sm90_stages_ahead(const Problem& problem, const Plan& plan) {
   const Sm90Tile& tile = kSm90Tiles[plan.tile];
-  const bool room = tile.warp_rings() ? plan.leaves_room() : plan.leaves_half();
-  return problem.group_size > 0 && room ? tile.stages_ahead() : 0;
+  const bool grouped = problem.group_size > 0;
+  if (!problem.constant_weights || !(tile.warp_rings() ? plan.leaves_room() : plan.leaves_half())) return 0;
+  const int stages = tile.stages_ahead(grouped);
+  const bool holds_all = sm90_ring_stages(problem, plan) <= tile.stages;
+  return stages > 0 && grouped && tile.warp_rings() && holds_all ? tile.stages : stages;
 }
 
 double sm90_estimated_us(const Problem& problem, const DeviceProperties& device, const Plan& plan,

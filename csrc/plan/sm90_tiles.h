@@ -135,12 +135,14 @@ struct Sm90Tile {
     return std::max({rings() * ring_bytes(), partial_bytes(), exchange_bytes(2)});
   }
   constexpr bool room_for_exchange(int split) const { return exchange_bytes(split) <= pipeline_bytes(); }
-  // Barriers, the token scales of the warpgroups' tiles (this one's and the next one's), and the slack that aligns the
-  // stages to 1,024 bytes.
-  constexpr int token_scale_bytes() const { return depth_split() ? 0 : warpgroups * 2 * 4 * tokens; }
+  // The token scales of the block's tile, copied from a multiple of 16 bytes on, and the channel scales and biases of
+  // its features; or the token scales of the warpgroups' tiles, this one's and the next one's.
+  constexpr int token_scale_bytes() const { return depth_split() ? 4 * tokens + 16 : 4 * tokens * warpgroups * 2; }
+  constexpr int feature_factor_bytes() const { return depth_split() && !flows() ? 6 * features() : 0; }
   constexpr int exchange_barriers() const { return depth_split() ? 1 : (store_chunks() + 1) / 2; }
+  // These, barriers, and the slack that aligns the stages to 1,024 bytes.
   constexpr int fixed_bytes() const {
-    return 8 * (2 * stages * rings() + exchange_barriers()) + token_scale_bytes() + 1024 + 64;
+    return 8 * (2 * stages * rings() + exchange_barriers()) + token_scale_bytes() + feature_factor_bytes() + 1024 + 64;
   }
   constexpr int shared_memory_bytes() const {
     return staging_bytes() + pipeline_bytes() + sums_apart_bytes() + fixed_bytes();
@@ -149,12 +151,12 @@ struct Sm90Tile {
   constexpr bool fits(int block_memory) const {
     return blocks_per_sm * (block_memory + kSm90SystemMemory) <= kSm90SharedMemory;
   }
-  // Stages of a ring that are dequantised, with group scales, while the kernel before this one ends (see
-  // sm90_stages_ahead). For warpgroups where `warp` tiles do not do it better (up to 32 tokens), and where a
+  // Stages of a ring that are dequantised to registers while the kernel before this one ends (see sm90_stages_ahead).
+  // For warpgroups with group scales where `warp` tiles do not do it better (up to 32 tokens), and where a
   // quantisation's block still fits beside them (up to 80).
-  constexpr int stages_ahead() const {
+  constexpr int stages_ahead(bool grouped) const {
     const bool narrow = cooperation == Cooperation::kDepth && blocks == 1 && warpgroups == 4;
-    return cooperation == Cooperation::kWarp || (narrow && tokens > 32 && tokens <= 80) ? 2 : 0;
+    return cooperation == Cooperation::kWarp || (grouped && narrow && tokens > 32 && tokens <= 80) ? 2 : 0;
   }
   // Whether there is a kernel that quantises its activations, and the shared memory that it needs besides: the int8
   // rows of a block's stages (and what wgmma reads of eight rows where there are fewer), the tokens' scales and a
@@ -172,8 +174,7 @@ struct Sm90Tile {
            in_features <= 8 * quantized_vectors() * 32 * token_warps(num_tokens);
   }
   constexpr int quantization_bytes(int64_t num_tokens, int64_t block_stages) const {
-    return static_cast<int>(128 * (num_tokens * block_stages + tokens - num_tokens)) + 4 * tokens + 4 * 4 * warpgroups +
-           128;
+    return static_cast<int>(128 * (num_tokens * block_stages + tokens - num_tokens)) + 4 * 4 * warpgroups + 128;
   }
 };
 

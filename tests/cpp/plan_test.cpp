@@ -484,17 +484,24 @@ TEST(Plan, LeavesRoomForAnotherLaunchWhereAQuarterOfTheDeviceIsFree) {
   EXPECT_FALSE(plan.leaves_half());
 }
 
-TEST(Sm90StagesAhead, WhereAnotherLaunchHasItsPartOfTheDeviceAndWeightsHaveGroupScales) {
+TEST(Sm90StagesAhead, WhereAnotherLaunchHasItsPartOfTheDevice) {
   Plan plan;
   plan.resident_blocks = 132;
-  const auto stages = [&plan](std::string_view tile, int grid, int group_size) {
+  const auto stages = [&plan](std::string_view tile, int grid, int group_size, int64_t in_features = 4096,
+                              bool constant_weights = true) {
     plan.tile = plan::sm90_tile_index(tile);
     plan.grid = grid;
-    return plan::sm90_stages_ahead({16, 64 * grid, 4096, group_size}, plan);
+    return plan::sm90_stages_ahead({16, 64 * grid, in_features, group_size, /*quantizes=*/false, constant_weights},
+                                   plan);
   };
-  EXPECT_EQ(stages("warp16", 98, 128), 2);
+  EXPECT_EQ(stages("warp16", 98, 128), 4) << "two in registers, two in shared memory";
+  EXPECT_EQ(stages("warp32", 98, 128, 3072), 3);
+  EXPECT_EQ(stages("warp16", 98, 128, 4224), 2) << "the ring does not hold all of the inputs";
+  EXPECT_EQ(stages("warp32", 98, 128), 2);
+  EXPECT_EQ(stages("warp16", 98, 128, 4096, false), 0);
   EXPECT_EQ(stages("warp16", 99, 128), 0);
-  EXPECT_EQ(stages("warp16", 98, -1), 0);
+  EXPECT_EQ(stages("warp16", 98, -1), 2);
+  EXPECT_EQ(stages("warp16", 99, -1), 0);
   EXPECT_EQ(stages("narrow64", 66, 128), 2);
   EXPECT_EQ(stages("narrow64", 67, 128), 0);
   EXPECT_EQ(stages("narrow64", 66, -1), 0);

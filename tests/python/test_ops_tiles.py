@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 
-from marlin_qqq import marlin_qqq_gemm
+from marlin_qqq import marlin_qqq_gemm, marlin_qqq_linear
 from marlin_qqq.bench.tune import ask_candidates
 
 pytestmark = pytest.mark.gpu
@@ -42,6 +42,46 @@ def test_every_candidate(monkeypatch, family, group_size, out_dtype, num_tokens,
         for constant_weights in (False, True):  # another kernel, for some
             got = marlin_qqq_gemm(*on_gpu.arguments, bias=bias, out_dtype=out_dtype, constant_weights=constant_weights)
             assert reference.same_bits(got, expected), f"candidate {candidate}, constant_weights={constant_weights}"
+
+
+# Rings of the eight warps with one to seven stages each: a kernel that dequantises before its wait keeps two of them in
+# registers and up to two in shared memory, if the ring (of three or four) holds all.
+@pytest.mark.parametrize("group_size", [128, -1])
+@pytest.mark.parametrize("num_tokens", [1, 7, 16, 23, 32])
+@pytest.mark.parametrize("in_features", [1024, 2176, 3072, 4096, 4224, 7168])
+def test_stages_dequantised_before_the_wait(monkeypatch, group_size, num_tokens, in_features):
+    problem = reference.random_problem(num_tokens, 320, in_features, group_size, seed=in_features)
+    x = torch.randn(num_tokens, in_features, dtype=torch.float16)
+    weights = (problem.b_q_weight, problem.s_ch, problem.s_group)
+    expected = marlin_qqq_gemm(*problem.arguments).cuda()
+    expected_linear = marlin_qqq_linear(x, *weights).cuda()
+    on_gpu, x, weights = problem.to("cuda"), x.cuda(), [weight.cuda() for weight in weights]
+    for tile in (f"warp{-(-num_tokens // 8) * 8}", "warp32"):
+        for split in (1, 2):
+            monkeypatch.setenv("MARLIN_QQQ_TILE", tile)
+            monkeypatch.setenv("MARLIN_QQQ_SPLIT", str(split))
+            for _ in range(3):
+                got = marlin_qqq_gemm(*on_gpu.arguments, constant_weights=True)
+                assert reference.same_bits(got, expected), (tile, split)
+                got = marlin_qqq_linear(x, *weights, constant_weights=True)
+                assert reference.same_bits(got, expected_linear), (tile, split, "linear")
+
+
+# Token scales are the one argument that may start anywhere.
+@pytest.mark.parametrize("num_tokens", [1, 2, 16, 33, 64, 100, 300])
+def test_token_scales_at_any_offset(monkeypatch, num_tokens):
+    problem = reference.random_problem(num_tokens, 320, 1152, -1, seed=num_tokens)
+    expected = marlin_qqq_gemm(*problem.arguments).cuda()
+    on_gpu = problem.to("cuda")
+    storage = torch.full((num_tokens + 4,), float("nan"), device="cuda")
+    shifted = [storage.clone()[offset : offset + num_tokens].view(num_tokens, 1) for offset in range(4)]
+    for view in shifted:
+        view.copy_(on_gpu.s_tok)
+    for candidate in range(count_candidates(monkeypatch, on_gpu)):
+        monkeypatch.setenv("MARLIN_QQQ_CANDIDATE", str(candidate))
+        for offset, view in enumerate(shifted):
+            got = marlin_qqq_gemm(*on_gpu._replace(s_tok=view).arguments)
+            assert reference.same_bits(got, expected), f"candidate {candidate}, offset {offset}"
 
 
 # 33 tiles of 128 features: with up to 17 of tokens, blocks of every multiprocessor walk over several, and a ring of

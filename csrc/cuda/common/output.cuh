@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cuda/common/shared_memory.cuh"
 #include "format/epilogue.h"
 #include "format/scale_permutation.h"
 
@@ -45,6 +46,7 @@ struct ColumnFactors {
   bool has_bias;
   bool bfloat16;
 
+  ColumnFactors() = default;
   __device__ __forceinline__ ColumnFactors(const float* channel_scales, const void* biases, int column, bool bfloat16)
       : bias{0, 0}, has_bias(biases != nullptr), bfloat16(bfloat16) {
     // Two pairs of neighbours in the stored order: see format::stored_channel_scale_column.
@@ -55,6 +57,21 @@ struct ColumnFactors {
         __ldcg(reinterpret_cast<const float2*>(channel_scales + format::stored_channel_scale_column(first + 2)));
     channel_scale = {scale01.x, scale01.y, scale23.x, scale23.y};
     if (has_bias) bias = __ldcg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(biases) + column));
+  }
+
+  // From copies of the same layout in shared memory, whose first column is the first one there; no `biases` without
+  // `has_bias`.
+  __device__ __forceinline__ ColumnFactors(uint32_t channel_scales, uint32_t biases, int column, bool has_bias,
+                                           bool bfloat16)
+      : bias{0, 0}, has_bias(has_bias), bfloat16(bfloat16) {
+    const auto first = static_cast<uint32_t>(column);
+    const float2 scale01 = shared_load_float2(channel_scales + 4 * format::stored_channel_scale_column(first));
+    const float2 scale23 = shared_load_float2(channel_scales + 4 * format::stored_channel_scale_column(first + 2));
+    channel_scale = {scale01.x, scale01.y, scale23.x, scale23.y};
+    if (has_bias) {
+      const float2 bits = shared_load_float2(biases + 2 * column);
+      bias = {__float_as_uint(bits.x), __float_as_uint(bits.y)};
+    }
   }
 
   // The outputs of one token.

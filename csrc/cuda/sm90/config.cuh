@@ -53,8 +53,10 @@ struct Config {
   static constexpr int kReaderWarps = kTileThreads / 32;                   // of a stage that a warp of its own fills
   static constexpr int kThreads = kTile.threads();
   static constexpr int kBlocksPerSm = kTile.blocks_per_sm;
-  // Stages that are dequantised before the wait. Per-channel it is too little work to be worth it.
-  static constexpr int kStagesAhead = kGrouped && kVariant != Variant::kPlain ? kTile.stages_ahead() : 0;
+  // Stages of a ring that are dequantised before the wait: to registers, and of a ring of a warp's own that holds all
+  // its inputs, with group scales, the others to shared memory.
+  static constexpr int kStagesAhead = kVariant != Variant::kPlain ? kTile.stages_ahead(kGrouped) : 0;
+  static constexpr bool kSharedAhead = kStagesAhead > 0 && kWarpRings&& kGrouped;
 
   static constexpr int kStoreTokens = kTile.store_tokens();  // rows of an output staging chunk
   static constexpr int kChunks = kTile.store_chunks();
@@ -84,15 +86,16 @@ struct Config {
   static constexpr int kPartialOffset = kRingOffset;
   static constexpr int kReceivedOffset = kPartialOffset + kTile.partial_bytes();
   static constexpr int kTokenScaleOffset = kRingOffset + kTile.pipeline_bytes();
-  static constexpr int kSumOffset = kTokenScaleOffset + kTile.token_scale_bytes();
+  static constexpr int kChannelScaleOffset = kTokenScaleOffset + kTile.token_scale_bytes();
+  static constexpr int kBiasOffset = kChannelScaleOffset + 4 * kFeatures;
+  static constexpr int kSumOffset = kChannelScaleOffset + kTile.feature_factor_bytes();
   static constexpr int kFlowReceivedOffset = kSumOffset + kTile.sums_apart_tiles() * kTile.sum_bytes();
   static constexpr int kBarrierOffset = kSumOffset + kTile.sums_apart_bytes();
   static constexpr int kExchangeBarrierOffset = kBarrierOffset + 16 * kStages * kRings;
-  // Of a kernel that quantises: largest magnitudes, one a warp; the tokens' scales; the block's slice of the int8
-  // activations, [stages][num_tokens][128].
+  // Of a kernel that quantises: largest magnitudes, one a warp; the block's slice of the int8 activations,
+  // [stages][num_tokens][128].
   static constexpr int kMagnitudeOffset = kExchangeBarrierOffset + 8 * kTile.exchange_barriers();
-  static constexpr int kQuantizedScaleOffset = kMagnitudeOffset + kConsumerThreads / 32 * 4;
-  static constexpr int kQuantizedOffset = (kQuantizedScaleOffset + 4 * kTokens + 127) / 128 * 128;
+  static constexpr int kQuantizedOffset = (kMagnitudeOffset + kConsumerThreads / 32 * 4 + 127) / 128 * 128;
 };
 
 // Which chunk of 16 features of its packed tile (64 features) a thread's first product takes: the warp's own ones,
@@ -135,7 +138,8 @@ struct Parameters {
   int early_blocks;
   int early_stages;
   bool early_into_ring;
-  bool dequantizes_early;  // the first of those (Config::kStagesAhead), too, before the wait
+  bool dequantizes_early;  // and waits for them, to dequantise them (Config::kStagesAhead) before the wait:
+  int early_in_flight;     // then a ring has so many of them on their way at a time
 
   int activation_rows;   // tokens of a stage that a block loads, and bytes of those that the cluster's blocks load for
   int activation_bytes;  // each other: no more than the tokens there are

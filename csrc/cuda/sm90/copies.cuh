@@ -30,7 +30,7 @@ struct Ring {
   __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 8 * stage; }
   __device__ __forceinline__ uint32_t empty(int stage) const { return full(stage) + 8 * C::kStages; }
   // Nobody else fills the rings of a block that shares its inputs out: there the second barrier of a stage tells when
-  // weights that are dequantised early have arrived, of whose activations nothing is known yet.
+  // weights that are waited for early have arrived, of whose activations nothing is known yet.
   __device__ __forceinline__ uint32_t early_weights(int stage) const { return empty(stage); }
 };
 
@@ -158,7 +158,7 @@ struct RingFill {
   int stages;         // that are filled
   int fetched_early;  // of these, whose weights are fetched early
   int in_ring;        // of those, that go to the ring
-  int ahead;          // of those, that are dequantised early, too
+  int awaited;        // of those, that are waited for early, too, to be dequantised
 
   __device__ __forceinline__ RingFill(const Parameters& p, const Ring<C>& ring, const WorkTile& tile)
       : p(p),
@@ -167,7 +167,10 @@ struct RingFill {
         stages(min(tile.stage_end - tile.stage_begin, C::kStages)),
         fetched_early(static_cast<int>(blockIdx.x) < p.early_blocks ? min(p.early_stages, stages) : 0),
         in_ring(p.early_into_ring ? fetched_early : 0),
-        ahead(p.dequantizes_early ? min(in_ring, C::kStagesAhead) : 0) {}
+        awaited(C::kStagesAhead > 0 && p.dequantizes_early ? in_ring : 0) {}
+
+  // Of all the ring's inputs.
+  __device__ __forceinline__ bool holds_all() const { return tile.stage_end - tile.stage_begin <= C::kStages; }
 
   // Not unrolled, here and below: with an unrolled loop of copies before the mainloop, ptxas takes the warp for
   // divergent from then on and keeps the mainloop's descriptors in registers of threads (7 % of the time of `narrow`
@@ -175,20 +178,29 @@ struct RingFill {
   __device__ __forceinline__ void early() const {
 #pragma unroll 1
     for (int i = 0; i < in_ring; ++i) {
-      if (i < ahead) {
-        barrier_arrive_expect(ring.early_weights(i), C::kWeightBytes + C::kScaleBytes);
-        copy_weights<C>(p, ring, i, tile, tile.stage_begin + i, ring.early_weights(i));
-      } else {
+      if (i >= awaited) {
         load_weights<C>(p, ring, i, tile, tile.stage_begin + i);
+      } else if (i < p.early_in_flight) {
+        load_awaited(i);
       }
     }
     if (!p.early_into_ring) prefetch_weights<C>(p, tile, tile.stage_begin, tile.stage_begin + fetched_early);
   }
 
+  // When stage i, of those that are waited for early, has arrived.
+  __device__ __forceinline__ void arrived(int i) const {
+    if (i + p.early_in_flight < awaited) load_awaited(i + p.early_in_flight);
+  }
+
+  __device__ __forceinline__ void load_awaited(int i) const {
+    barrier_arrive_expect(ring.early_weights(i), C::kWeightBytes + C::kScaleBytes);
+    copy_weights<C>(p, ring, i, tile, tile.stage_begin + i, ring.early_weights(i));
+  }
+
   __device__ __forceinline__ void rest(const Multicast& multicast) const {
 #pragma unroll 1
     for (int i = 0; i < stages; ++i) {
-      if (i < ahead) barrier_arrive_expect(ring.full(i), p.activation_bytes);
+      if (i < awaited) barrier_arrive_expect(ring.full(i), p.activation_bytes);
       if (i >= in_ring) load_weights<C>(p, ring, i, tile, tile.stage_begin + i);
       load_activations<C>(p, ring, i, tile, tile.stage_begin + i, multicast);
     }

@@ -258,6 +258,63 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
   }
 }
 
+// What the end of a tile that rings share needs besides sums: fetched to shared memory while they multiply, so that
+// nothing waits for it when the sums are there. (Not to registers: a warp's loads share a few counters, and the
+// products' own would wait for these.) From L2: other kernels' blocks on this multiprocessor may have brought to L1
+// what was there before this kernel's wait.
+template <class C>
+struct RingFactors {
+  uint32_t channel_scales;  // in shared memory
+  uint32_t biases;
+  uint32_t token_scales;
+  const float* source;  // of the token scales: the multiple of 16 bytes before the first one, where the copy starts
+  int token_scale_bytes;
+
+  __device__ __forceinline__ RingFactors(const Parameters& p, uint32_t shared, const WorkTile& tile)
+      : channel_scales(shared + C::kChannelScaleOffset), biases(shared + C::kBiasOffset) {
+    const float* first = p.token_scale + tile.token;
+    // A kernel that quantises has written them itself.
+    const uint32_t before = C::kQuantizes ? 0 : static_cast<uint32_t>(reinterpret_cast<uintptr_t>(first) % 16);
+    source = first - before / 4;
+    token_scales = shared + C::kTokenScaleOffset + before;
+    token_scale_bytes = static_cast<int>(before) + 4 * min(C::kTokens, p.num_tokens - tile.token);
+  }
+
+  // By the threads that multiply, when they may be read.
+  __device__ __forceinline__ void fetch(const Parameters& p, uint32_t shared, const WorkTile& tile) const {
+    constexpr int kScales = C::kFeatures / 4;  // vectors of 16 bytes
+    constexpr int kBiases = C::kFeatures / 8;
+    const int thread = threadIdx.x;
+    const int vector = C::kConsumerThreads - 1 - thread;
+    const int features = p.out_features - tile.feature;  // of a tile that sticks out fewer than its own
+    if (vector < kScales) {
+      if (4 * vector < features) {
+        copy_async(channel_scales + 16 * vector, p.channel_scale + tile.feature + 4 * vector, 16);
+      }
+    } else if (vector < kScales + kBiases && p.bias != nullptr) {
+      const int column = 8 * (vector - kScales);
+      if (column < features) {
+        copy_async(biases + 2 * column, static_cast<const uint16_t*>(p.bias) + tile.feature + column, 16);
+      }
+    }
+    if (!C::kQuantizes && 16 * thread < token_scale_bytes) {
+      copy_async(shared + C::kTokenScaleOffset + 16 * thread, source + 4 * thread,
+                 min(token_scale_bytes - 16 * thread, 16));
+    }
+  }
+
+  // By all of them, before they meet.
+  static __device__ __forceinline__ void wait() { copy_async_wait_all(); }
+
+  // Of the tile's features from `column` on.
+  __device__ __forceinline__ ColumnFactors columns(const Parameters& p, int column) const {
+    return ColumnFactors(channel_scales, biases, column, p.bias != nullptr, p.output_is_bfloat16);
+  }
+  __device__ __forceinline__ float token_scale(int row) const {
+    return __uint_as_float(shared_load(token_scales + 4 * row));
+  }
+};
+
 // A warpgroup's partial sums -> shared memory, [token][feature] with a pitch that spreads the banks.
 template <class C>
 __device__ __forceinline__ void store_partial(uint32_t partial, int warpgroup, int warp, int lane,
@@ -326,8 +383,8 @@ __device__ __forceinline__ void add_sums_of_ring(uint32_t tile_sums, int warp, i
 // memory and the cluster's blocks are done with their stages. A thread keeps to its four features and walks over
 // tokens.
 template <class C>
-__device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t shared, const WorkTile& tile,
-                                            const ColumnFactors& factors, int block_rank, int thread) {
+__device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t shared, const WorkTile& tile, int block_rank,
+                                            int thread) {
   constexpr int kVectors = C::kFeatures / 4;             // of four features, a token
   constexpr int kRows = C::kConsumerThreads / kVectors;  // tokens that the block's threads take at once
   constexpr int kUnroll = C::kTokens <= 2 * kRows ? 2 : 4;
@@ -363,19 +420,12 @@ __device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t shared
     barrier_wait(barrier, 0);
   }
   if (column >= p.out_features) return;
+  const RingFactors<C> ring_factors(p, shared, tile);
+  ColumnFactors factors;  // not where blocks share their ring, whose sums only go to scratch
+  if constexpr (C::kDepthSplit) factors = ring_factors.columns(p, 4 * vector);
 
   for (int first = first_row + thread / kVectors; first < last_row; first += kUnroll * kRows) {
     int4 sum[kUnroll];
-    float token_scale[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int row = first + u * kRows;
-      // From L2: a quantisation may have written it while this kernel was waiting, beside one that had read the old
-      // ones.
-      token_scale[u] = row >= last_row ? 0.0f
-                       : C::kQuantizes ? __uint_as_float(shared_load(shared + C::kQuantizedScaleOffset + 4 * row))
-                                       : __ldcg(p.token_scale + tile.token + row);
-    }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) sum[u] = ring_sums(min(first + u * kRows, C::kTokens - 1));
     for (int sender = 0; sender < p.split - 1; ++sender) {
@@ -389,11 +439,12 @@ __device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t shared
     for (int u = 0; u < kUnroll; ++u) {
       const int row = first + u * kRows;
       if (row >= last_row) break;
-      if (p.scratch_split > 1) {
+      if (!C::kDepthSplit || p.scratch_split > 1) {
         const int64_t scratch_row = static_cast<int64_t>(tile.scratch_rank) * p.num_tokens + tile.token + row;
         __stcg(reinterpret_cast<int4*>(p.scratch + scratch_row * p.out_features + column), sum[u]);
       } else {
-        factors.store(sum[u], token_scale[u], p.output_pointer, tile.token + row, column, p.out_features);
+        factors.store(sum[u], ring_factors.token_scale(row), p.output_pointer, tile.token + row, column,
+                      p.out_features);
       }
     }
   }

@@ -102,7 +102,7 @@ struct FlowOutput {
     for (int i = 0; i < kUnroll; ++i) {
       const int row = first_row + i * kRows;
       token_scale[i] = row >= p.num_tokens ? 0.0f
-                       : C::kQuantizes     ? __uint_as_float(shared_load(shared + C::kQuantizedScaleOffset + 4 * row))
+                       : C::kQuantizes     ? __uint_as_float(shared_load(shared + C::kTokenScaleOffset + 4 * row))
                                            : __ldcg(p.token_scale + row);
     }
   }

@@ -18,9 +18,6 @@ template <class C>
 __device__ __forceinline__ void finish_partial(const Parameters& p, uint32_t shared, const WorkTile& tile,
                                                int cluster_size, int block_rank, int warpgroup, int warp, int lane,
                                                const int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
-  // Fetched before the sums meet. Features beyond the last (of a tile that sticks out) read the last ones' factors.
-  const int column = tile.feature + 4 * static_cast<int>(threadIdx.x % (C::kFeatures / 4));
-  const ColumnFactors factors(p.channel_scale, p.bias, min(column, p.out_features - 4), p.output_is_bfloat16);
   const bool exchanges = C::kDepthSplit && cluster_size > 1;
   if constexpr (C::kSumsApart) {
     __syncwarp();
@@ -31,9 +28,10 @@ __device__ __forceinline__ void finish_partial(const Parameters& p, uint32_t sha
     if (exchanges) cluster_arrive();
     store_partial<C>(shared + C::kPartialOffset, warpgroup, warp, lane, sums);
   }
+  if constexpr (C::kDepthSplit) RingFactors<C>::wait();
   named_barrier_sync(kPartialSums, C::kConsumerThreads);
   if (exchanges) cluster_wait();  // the cluster's blocks are done with theirs
-  reduce_tile<C>(p, shared, tile, factors, C::kDepthSplit ? block_rank : 0, threadIdx.x);
+  reduce_tile<C>(p, shared, tile, C::kDepthSplit ? block_rank : 0, threadIdx.x);
 }
 
 // The number of a thread among those that multiply. Where registers are scarce, in a form that the compiler cannot look
@@ -131,7 +129,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
       StagesAhead<C> ahead;
       if constexpr (C::kStagesAhead > 0) {
         __syncwarp();
-        ahead.dequantize(ring, reader, fill.ahead);
+        ahead.dequantize(ring, reader, fill, fills);
       }
       if constexpr (C::kQuantizes) {
         wait_for_previous_kernel();
@@ -151,6 +149,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
         if (fills && elect_thread()) fill.rest({1, 0, 0, 0});
         __syncwarp();
       }
+      RingFactors<C>(p, shared, tile).fetch(p, shared, tile);
       if constexpr (C::kQuantizes || (C::kStagesAhead > 0 && !C::kWarpRings)) {
         // ptxas no longer knows that the warp agrees on these, and would copy with a loop over its threads.
         tile.token = __reduce_max_sync(~0u, tile.token);
@@ -158,6 +157,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
         tile.stage_begin = __reduce_max_sync(~0u, tile.stage_begin);
         tile.stage_end = __reduce_max_sync(~0u, tile.stage_end);
         ahead.count = __reduce_max_sync(~0u, ahead.count);
+        ahead.in_shared = __reduce_max_sync(~0u, ahead.in_shared);
+        ahead.awaited = __reduce_max_sync(~0u, ahead.awaited);
         whole.stage_begin = __reduce_max_sync(~0u, whole.stage_begin);
         ring.barriers = __reduce_max_sync(~0u, ring.barriers);
       }

@@ -12,7 +12,7 @@ constexpr bool kernel_exists(const plan::Sm90Tile& tile, bool grouped, Variant v
     case Variant::kPlain:
       return !grouped || tile.takes_group_scales();
     case Variant::kAhead:
-      return grouped && tile.stages_ahead() > 0;
+      return tile.stages_ahead(grouped) > 0;
     case Variant::kQuantizing:
       return tile.can_quantize();
   }

@@ -96,7 +96,7 @@ struct TokenRow {
     }
     if (vectors > 0 && first == 0) {
       const float token_scale = scale.scale();
-      shared_store(shared + C::kQuantizedScaleOffset + 4 * token, __float_as_uint(token_scale));
+      shared_store(shared + C::kTokenScaleOffset + 4 * token, __float_as_uint(token_scale));
       // Every block finds the same scales; the tile that starts the features and the inputs hands them on.
       if (p.found_token_scale != nullptr && slice.feature == 0 && slice.stage_begin == 0) {
         p.found_token_scale[token] = token_scale;

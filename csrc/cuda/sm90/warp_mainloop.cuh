@@ -110,9 +110,28 @@ __device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, const WorkT
     stage_is_free(early);
     position.advance();
   }
-  const int first_block = tile.stage_begin + ahead.count;
+  if constexpr (C::kSharedAhead) {
+#pragma unroll 1
+    for (int early = ahead.count; early < ahead.count + ahead.in_shared; ++early) {
+      barrier_wait(ring.full(early), 0);
+      const uint32_t activations = token_rows(tile.stage_begin + early, early) + 128 * token_row;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        if (step % 2 == 0) tokens.load(activations, step, piece, token_row);
+        Operands<C> operands;
+        ahead.load(operands, ring, early, step);
+        tokens.multiply(sums, operands, step);
+      }
+      position.advance();  // the ring holds all inputs: no stage is filled again
+    }
+  }
+  const int first_block = tile.stage_begin + ahead.count + ahead.in_shared;
   if (first_block >= tile.stage_end) return;
 
+  if constexpr (C::kStagesAhead > 0) {
+#pragma unroll 1
+    for (int early = ahead.count; early < ahead.awaited; ++early) barrier_wait(ring.early_weights(early), 0);
+  }
   WarpWords<C> words(ring, reader);
   barrier_wait(ring.full(position.stage), position.phase);
   words.fetch_first_step(position.stage);
