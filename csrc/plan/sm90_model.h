@@ -36,8 +36,8 @@ struct Sm90Model {
   // more of them for every further eight tokens
   double warp_channel_octet_latency = 481.3;
   double warp_group_octet_latency = 105.7;
-  // part of the work on a stage with group scales that is done while the launch before ends, where it is dequantised
-  // early, and of that part what is left where not all blocks of a launch find room beside the one before
+  // part of the work on a stage that is done while the launch before ends, where it is dequantised early, and of that
+  // part what is left where not all blocks of a launch find room beside the one before
   double ahead_fraction = 0.6063;
   double ahead_unfit_fraction = 0.3768;
   // what dequantisation costs such warps, against others

@@ -135,9 +135,9 @@ struct Sm90Tile {
     return std::max({rings() * ring_bytes(), partial_bytes(), exchange_bytes(2)});
   }
   constexpr bool room_for_exchange(int split) const { return exchange_bytes(split) <= pipeline_bytes(); }
-  // The token scales of the block's tile, copied from a multiple of 16 bytes on, and the channel scales and biases of
-  // its features; or the token scales of the warpgroups' tiles, this one's and the next one's.
-  constexpr int token_scale_bytes() const { return depth_split() ? 4 * tokens + 16 : 4 * tokens * warpgroups * 2; }
+  // The token scales of the block's tile and the channel scales and biases of its features, or the token scales of the
+  // warpgroups' tiles, this one's and the next one's.
+  constexpr int token_scale_bytes() const { return (depth_split() ? 1 : warpgroups * 2) * 4 * tokens; }
   constexpr int feature_factor_bytes() const { return depth_split() && !flows() ? 6 * features() : 0; }
   constexpr int exchange_barriers() const { return depth_split() ? 1 : (store_chunks() + 1) / 2; }
   // These, barriers, and the slack that aligns the stages to 1,024 bytes.

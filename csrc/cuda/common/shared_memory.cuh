@@ -46,10 +46,7 @@ __device__ __forceinline__ void shared_add(uint32_t address, int32_t value) {
   asm volatile("red.relaxed.cta.shared.add.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
-// 16 bytes, global -> shared, past L1. With `bytes`, only so many are read; the others become zero.
-__device__ __forceinline__ void copy_async(uint32_t target, const void* source, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
-}
+// 16 bytes, global -> shared, past L1.
 __device__ __forceinline__ void copy_async(uint32_t target, const void* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
 }

@@ -258,60 +258,55 @@ __device__ __forceinline__ void store_tile(const Parameters& p, uint32_t staging
   }
 }
 
-// What the end of a tile that rings share needs besides sums: fetched to shared memory while they multiply, so that
-// nothing waits for it when the sums are there. (Not to registers: a warp's loads share a few counters, and the
-// products' own would wait for these.) From L2: other kernels' blocks on this multiprocessor may have brought to L1
-// what was there before this kernel's wait.
+// What the end of a tile that rings share needs besides sums: asked for before they multiply, so that nothing waits for
+// it when the sums are there. From L2: other kernels' blocks on this multiprocessor may have brought to L1 what was
+// there before this kernel's wait.
 template <class C>
 struct RingFactors {
-  uint32_t channel_scales;  // in shared memory
-  uint32_t biases;
-  uint32_t token_scales;
-  const float* source;  // of the token scales: the multiple of 16 bytes before the first one, where the copy starts
-  int token_scale_bytes;
+  static constexpr int kScalesPerThread = (C::kTokens + C::kConsumerThreads - 1) / C::kConsumerThreads;
+  uint32_t shared;
+  // Token scales arrive like the activations. Channel scales and biases may come from memory, behind many weights: a
+  // register that waits for them would hold up the products' own loads, which share a few counters with it. So they go
+  // to shared memory.
+  float token_scale[kScalesPerThread];
 
-  __device__ __forceinline__ RingFactors(const Parameters& p, uint32_t shared, const WorkTile& tile)
-      : channel_scales(shared + C::kChannelScaleOffset), biases(shared + C::kBiasOffset) {
-    const float* first = p.token_scale + tile.token;
-    // A kernel that quantises has written them itself.
-    const uint32_t before = C::kQuantizes ? 0 : static_cast<uint32_t>(reinterpret_cast<uintptr_t>(first) % 16);
-    source = first - before / 4;
-    token_scales = shared + C::kTokenScaleOffset + before;
-    token_scale_bytes = static_cast<int>(before) + 4 * min(C::kTokens, p.num_tokens - tile.token);
-  }
+  explicit __device__ __forceinline__ RingFactors(uint32_t shared) : shared(shared) {}
 
-  // By the threads that multiply, when they may be read.
-  __device__ __forceinline__ void fetch(const Parameters& p, uint32_t shared, const WorkTile& tile) const {
+  static __device__ __forceinline__ int row(int i) { return static_cast<int>(threadIdx.x) + i * C::kConsumerThreads; }
+
+  // By the threads that multiply, when all that may be read.
+  __device__ __forceinline__ void fetch(const Parameters& p, const WorkTile& tile) {
     constexpr int kScales = C::kFeatures / 4;  // vectors of 16 bytes
     constexpr int kBiases = C::kFeatures / 8;
-    const int thread = threadIdx.x;
-    const int vector = C::kConsumerThreads - 1 - thread;
+    const int vector = C::kConsumerThreads - 1 - static_cast<int>(threadIdx.x);
     const int features = p.out_features - tile.feature;  // of a tile that sticks out fewer than its own
     if (vector < kScales) {
       if (4 * vector < features) {
-        copy_async(channel_scales + 16 * vector, p.channel_scale + tile.feature + 4 * vector, 16);
+        copy_async(shared + C::kChannelScaleOffset + 16 * vector, p.channel_scale + tile.feature + 4 * vector);
       }
     } else if (vector < kScales + kBiases && p.bias != nullptr) {
       const int column = 8 * (vector - kScales);
       if (column < features) {
-        copy_async(biases + 2 * column, static_cast<const uint16_t*>(p.bias) + tile.feature + column, 16);
+        copy_async(shared + C::kBiasOffset + 2 * column, static_cast<const uint16_t*>(p.bias) + tile.feature + column);
       }
     }
-    if (!C::kQuantizes && 16 * thread < token_scale_bytes) {
-      copy_async(shared + C::kTokenScaleOffset + 16 * thread, source + 4 * thread,
-                 min(token_scale_bytes - 16 * thread, 16));
+    if constexpr (C::kQuantizes) return;  // a kernel that quantises has written the token scales
+#pragma unroll
+    for (int i = 0; i < kScalesPerThread; ++i) {
+      token_scale[i] = row(i) < C::kTokens ? __ldcg(p.token_scale + min(tile.token + row(i), p.num_tokens - 1)) : 0.0f;
     }
   }
 
-  // By all of them, before they meet.
-  static __device__ __forceinline__ void wait() { copy_async_wait_all(); }
-
-  // Of the tile's features from `column` on.
-  __device__ __forceinline__ ColumnFactors columns(const Parameters& p, int column) const {
-    return ColumnFactors(channel_scales, biases, column, p.bias != nullptr, p.output_is_bfloat16);
-  }
-  __device__ __forceinline__ float token_scale(int row) const {
-    return __uint_as_float(shared_load(token_scales + 4 * row));
+  // By the same threads, before they meet.
+  __device__ __forceinline__ void hand_over() const {
+    copy_async_wait_all();
+    if constexpr (C::kQuantizes) return;
+#pragma unroll
+    for (int i = 0; i < kScalesPerThread; ++i) {
+      if (row(i) < C::kTokens) {
+        shared_store(shared + C::kTokenScaleOffset + 4 * row(i), __float_as_uint(token_scale[i]));
+      }
+    }
   }
 };
 
@@ -420,9 +415,11 @@ __device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t shared
     barrier_wait(barrier, 0);
   }
   if (column >= p.out_features) return;
-  const RingFactors<C> ring_factors(p, shared, tile);
-  ColumnFactors factors;  // not where blocks share their ring, whose sums only go to scratch
-  if constexpr (C::kDepthSplit) factors = ring_factors.columns(p, 4 * vector);
+  ColumnFactors factors;  // not where warpgroups share their ring, whose sums only go to scratch
+  if constexpr (C::kDepthSplit) {
+    factors = ColumnFactors(shared + C::kChannelScaleOffset, shared + C::kBiasOffset, 4 * vector, p.bias != nullptr,
+                            p.output_is_bfloat16);
+  }
 
   for (int first = first_row + thread / kVectors; first < last_row; first += kUnroll * kRows) {
     int4 sum[kUnroll];
@@ -443,8 +440,8 @@ __device__ __forceinline__ void reduce_tile(const Parameters& p, uint32_t shared
         const int64_t scratch_row = static_cast<int64_t>(tile.scratch_rank) * p.num_tokens + tile.token + row;
         __stcg(reinterpret_cast<int4*>(p.scratch + scratch_row * p.out_features + column), sum[u]);
       } else {
-        factors.store(sum[u], ring_factors.token_scale(row), p.output_pointer, tile.token + row, column,
-                      p.out_features);
+        const float token_scale = __uint_as_float(shared_load(shared + C::kTokenScaleOffset + 4 * row));
+        factors.store(sum[u], token_scale, p.output_pointer, tile.token + row, column, p.out_features);
       }
     }
   }

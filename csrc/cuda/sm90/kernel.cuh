@@ -13,10 +13,11 @@
 namespace marlin_qqq::cuda::sm90 {
 
 // The end of a tile whose inputs are shared by the warpgroups or warps of a block, and perhaps by those of a cluster,
-// or whose sums go to scratch.
-template <class C>
+// or whose sums go to scratch. `hand_over()`: what the threads do before they meet for the last time.
+template <class C, class HandOver>
 __device__ __forceinline__ void finish_partial(const Parameters& p, uint32_t shared, const WorkTile& tile,
-                                               int cluster_size, int block_rank, int warpgroup, int warp, int lane,
+                                               const HandOver& hand_over, int cluster_size, int block_rank,
+                                               int warpgroup, int warp, int lane,
                                                const int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
   const bool exchanges = C::kDepthSplit && cluster_size > 1;
   if constexpr (C::kSumsApart) {
@@ -28,7 +29,7 @@ __device__ __forceinline__ void finish_partial(const Parameters& p, uint32_t sha
     if (exchanges) cluster_arrive();
     store_partial<C>(shared + C::kPartialOffset, warpgroup, warp, lane, sums);
   }
-  if constexpr (C::kDepthSplit) RingFactors<C>::wait();
+  hand_over();
   named_barrier_sync(kPartialSums, C::kConsumerThreads);
   if (exchanges) cluster_wait();  // the cluster's blocks are done with theirs
   reduce_tile<C>(p, shared, tile, C::kDepthSplit ? block_rank : 0, threadIdx.x);
@@ -149,7 +150,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
         if (fills && elect_thread()) fill.rest({1, 0, 0, 0});
         __syncwarp();
       }
-      RingFactors<C>(p, shared, tile).fetch(p, shared, tile);
+      RingFactors<C> factors(shared);
+      factors.fetch(p, tile);
       if constexpr (C::kQuantizes || (C::kStagesAhead > 0 && !C::kWarpRings)) {
         // ptxas no longer knows that the warp agrees on these, and would copy with a loop over its threads.
         tile.token = __reduce_max_sync(~0u, tile.token);
@@ -183,7 +185,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
           for (int i = 0; i < C::kTokens / 2; ++i) sums[j][i] = 0;
         }
       }
-      finish_partial<C>(p, shared, tile, cluster_size, block_rank, warpgroup, warp % 4, lane, sums);
+      const auto hand_over = [&] { factors.hand_over(); };
+      finish_partial<C>(p, shared, tile, hand_over, cluster_size, block_rank, warpgroup, warp % 4, lane, sums);
     } else {
       const WeightReader<C> reader(warpgroup, warp % 4, lane);
       const auto release = stage_release<C>(ring, lane, p.multicast, block_rank - block_rank % p.multicast);
@@ -222,7 +225,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
         consume<C>(ring, position, tile, reader, StagesAhead<C>(), rows, release, pass_turn, sums);
         const int thread = thread_of_tile<C>();
         if (!C::kPingpong && p.scratch_split > 1) {
-          finish_partial<C>(p, shared, tile, cluster_size, block_rank, warpgroup, warp % 4, thread % 32, sums);
+          const auto nothing = [] {};
+          finish_partial<C>(p, shared, tile, nothing, cluster_size, block_rank, warpgroup, warp % 4, thread % 32, sums);
         } else {
           const auto store = [&](auto kHasBias, auto kBFloat16, auto kExchanged) {
             store_tile<C, kHasBias, kBFloat16, kExchanged>(p, shared, token_scales, factors, tile, first_feature,
