@@ -34,21 +34,27 @@ struct Ring {
   __device__ __forceinline__ uint32_t early_weights(int stage) const { return empty(stage); }
 };
 
-// Tensor maps and barriers, by one thread of the block.
+// Tensor maps and barriers, before the first copy: of the whole block by one of its threads, or, where rings are their
+// readers' own, of a ring by the thread that fills it, which may start to before the block's threads have met. (More
+// threads are slower: each one's fence costs more than all the initialisations.)
 template <class C>
-__device__ __forceinline__ void prepare_copies(const Parameters& p, uint32_t shared) {
-  tma_prefetch_map(&p.weights);
-  if constexpr (C::kGrouped) tma_prefetch_map(&p.group_scales);
-  if constexpr (!C::kQuantizes) tma_prefetch_map(&p.activations);
-#pragma unroll
-  for (int r = 0; r < C::kRings; ++r) {
-    const auto ring = Ring<C>::of(shared, r);
-    for (int stage = 0; stage < C::kStages; ++stage) {
-      barrier_init(ring.full(stage), 1);
-      barrier_init(ring.empty(stage), C::kDepthSplit ? 1 : C::kReaderWarps * p.multicast);
-    }
+__device__ __forceinline__ void prepare_copies(const Parameters& p, uint32_t shared, const Ring<C>& ring,
+                                               bool first_ring) {
+  if (first_ring) {
+    tma_prefetch_map(&p.weights);
+    if constexpr (C::kGrouped) tma_prefetch_map(&p.group_scales);
+    if constexpr (!C::kQuantizes) tma_prefetch_map(&p.activations);
   }
-  for (int i = 0; i < C::kTile.exchange_barriers(); ++i) barrier_init(shared + C::kExchangeBarrierOffset + 8 * i, 1);
+#pragma unroll
+  for (int stage = 0; stage < C::kStages; ++stage) {
+    barrier_init(ring.full(stage), 1);
+    if constexpr (!C::kDepthSplit) barrier_init(ring.empty(stage), C::kReaderWarps * p.multicast);
+    if constexpr (C::kDepthSplit && C::kStagesAhead > 0) barrier_init(ring.early_weights(stage), 1);
+  }
+  if (first_ring) {
+#pragma unroll
+    for (int i = 0; i < C::kTile.exchange_barriers(); ++i) barrier_init(shared + C::kExchangeBarrierOffset + 8 * i, 1);
+  }
   barrier_init_fence();
 }
 

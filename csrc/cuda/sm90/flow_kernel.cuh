@@ -150,19 +150,18 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) flow_kernel(cons
 
   // The next kernel may start once all blocks of this one have: it waits for our results itself.
   allow_next_kernel();
-  if (threadIdx.x == 0) {
-    prepare_copies<C>(p, shared);
-    output.expect();
+  const auto ring = Ring<C>::of(shared, warp);
+  if (elect_thread()) {
+    prepare_copies<C>(p, shared, ring, warp == 0);
+    if (warp == 0) output.expect();
   }
   clear_sums<C>(shared);
-  __syncthreads();
-  if (p.split > 1) cluster_arrive();
-
-  const auto ring = Ring<C>::of(shared, warp);
   const FlowTiles tiles = {p.stage_count, p.whole_works, p.works, static_cast<int>(gridDim.x), p.split > 1};
   FlowPosition<C::kRings> at(static_cast<int>(blockIdx.x), block_rank, warp);
   FlowFill<C> fill(p, ring, tiles, at);
   if (elect_thread()) fill.early();
+  __syncthreads();
+  if (p.split > 1) cluster_arrive();
   wait_for_previous_kernel();
   if constexpr (C::kQuantizes) {
     const auto quantize = [&](auto row) {

@@ -64,14 +64,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
   // The next kernel may start once all blocks of this one have: it waits for our results itself.
   allow_next_kernel();
 
-  // One thread is fastest: the fence costs more than the initialisations, and would be one a thread.
-  if (threadIdx.x == 0) prepare_copies<C>(p, shared);
   if constexpr (C::kSumsApart) clear_sums<C>(shared);
-  if (p.multicast > 1) {
-    cluster_arrive();
-    cluster_wait();
-  } else {
-    __syncthreads();
+  if constexpr (!C::kDepthSplit) {
+    if (threadIdx.x == 0) prepare_copies<C>(p, shared, Ring<C>::of(shared, 0), true);
+    if (p.multicast > 1) {
+      cluster_arrive();
+      cluster_wait();
+    } else {
+      __syncthreads();
+    }
   }
 
   // Tiles: a block walks over whole ones in rounds. What is left for the last round may be split over the cluster; a
@@ -117,19 +118,20 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
     tile.shared = false;
     int32_t sums[C::kBlocks][C::kTokens / 2];
     if constexpr (C::kDepthSplit) {
+      const bool fills = C::kWarpRings || warp % 4 == 0;
+      if (fills && elect_thread()) prepare_copies<C>(p, shared, ring, warp == 0);
       next_tile(tile);
       WorkTile whole = tile;
       const int stages = whole.stage_end - whole.stage_begin;
       tile.stage_begin = whole.stage_begin + stages * ring_index / C::kRings;
       tile.stage_end = whole.stage_begin + stages * (ring_index + 1) / C::kRings;
-      const bool fills = C::kWarpRings || warp % 4 == 0;
       RingFill<C> fill(p, ring, tile);
       if (fills && elect_thread()) fill.early();
+      __syncthreads();  // the barriers are there for all
       // A warp of its own has no part in what the others of its warpgroup do.
       const WeightReader<C> reader(C::kWarpRings ? 0 : warpgroup, C::kWarpRings ? 0 : warp % 4, lane);
       StagesAhead<C> ahead;
       if constexpr (C::kStagesAhead > 0) {
-        __syncwarp();
         ahead.dequantize(ring, reader, fill, fills);
       }
       if constexpr (C::kQuantizes) {
