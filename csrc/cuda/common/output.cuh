@@ -92,11 +92,4 @@ struct ColumnFactors {
   }
 };
 
-// Four neighbouring features of one token; column is a multiple of four.
-__device__ __forceinline__ void store_outputs(int4 sum, float token_scale, const float* channel_scales,
-                                              const void* bias, void* output, int64_t row, int column,
-                                              int64_t out_features, bool bfloat16) {
-  ColumnFactors(channel_scales, bias, column, bfloat16).store(sum, token_scale, output, row, column, out_features);
-}
-
 }  // namespace marlin_qqq::cuda

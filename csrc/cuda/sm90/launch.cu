@@ -79,16 +79,15 @@ int early_stages(const plan::Sm90Tile& tile, const plan::Plan& plan, const plan:
 //
 // They ask for one stage a ring after the other: 64 blocks' eight rings then have 2 MB on their way, which the memory
 // bus needs to be busy. More fill the queues in which that other launch's activations wait, and a block that gets its
-// own late holds up the launch after it: 4096x4096 per-channel at one token 3.9 us in place of 3.1. (Without group
-// scales there is less to do between one stage and the next: of four stages two at a time are 2 to 5 % better than
-// one.)
+// own late holds up the launch after it: 4096x4096 per-channel 3.9 us in place of 3.1. (Per-channel there is less to do
+// between one stage and the next: of four stages of up to eight tokens two at a time are 1 to 7 % better than one.)
 void plan_early_fetch(Parameters& p, const plan::Sm90Tile& tile, const plan::Plan& plan, const plan::Problem& problem) {
   p.early_blocks = plan.resident_blocks;
   p.early_into_ring = problem.constant_weights;
   p.dequantizes_early = plan::sm90_stages_ahead(problem, plan) > 0;
   p.early_stages = early_stages(tile, plan, problem, p.dequantizes_early);
   const bool four = std::min<int64_t>(plan::sm90_ring_stages(problem, plan), tile.stages) >= 4;
-  p.early_in_flight = four && problem.group_size <= 0 ? 2 : 1;
+  p.early_in_flight = four && tile.tokens == 8 && problem.group_size <= 0 ? 2 : 1;
 }
 
 }  // namespace

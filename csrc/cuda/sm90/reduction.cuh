@@ -26,8 +26,12 @@ inline __global__ void __launch_bounds__(kReductionThreads) reduce_kernel(const 
   allow_next_kernel();
   const int64_t slot = static_cast<int64_t>(r.num_tokens) * r.out_features / 4;  // vectors of four features
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kReductionThreads + threadIdx.x;
+  const int row = static_cast<int>(4 * index / r.out_features);
+  const int column = static_cast<int>(4 * index - static_cast<int64_t>(row) * r.out_features);
   wait_for_previous_kernel();
   if (index >= slot) return;
+  const ColumnFactors factors(r.channel_scale, r.bias, column, r.output_is_bfloat16);
+  const float token_scale = __ldcg(r.token_scale + row);
   const int4* sums = reinterpret_cast<const int4*>(r.sums) + index;
   int4 total = __ldcg(sums);
 #pragma unroll 4
@@ -35,10 +39,7 @@ inline __global__ void __launch_bounds__(kReductionThreads) reduce_kernel(const 
     const int4 part = __ldcg(sums + s * slot);
     add_sums(total, part);
   }
-  const int row = static_cast<int>(4 * index / r.out_features);
-  const int column = static_cast<int>(4 * index - static_cast<int64_t>(row) * r.out_features);
-  store_outputs(total, __ldcg(r.token_scale + row), r.channel_scale, r.bias, r.output, row, column, r.out_features,
-                r.output_is_bfloat16);
+  factors.store(total, token_scale, r.output, row, column, r.out_features);
 }
 
 }  // namespace marlin_qqq::cuda::sm90
