@@ -171,6 +171,7 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
     const double sums = 8.0 * plan.scratch_split * static_cast<double>(problem.num_tokens) * problem.out_features;
     us += model.reduction_kernel_us + sums / model.scratch_bytes_per_us;
   }
+  if (tile.depth_split() && !problem.constant_weights) us += model.depth_unpromised_us * (plan.split - 1);
   return std::max(us + quantization, 0.1);
 }
 
