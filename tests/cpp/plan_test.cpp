@@ -484,6 +484,23 @@ TEST(Plan, LeavesRoomForAnotherLaunchWhereAQuarterOfTheDeviceIsFree) {
   EXPECT_FALSE(plan.leaves_half());
 }
 
+TEST(Sm90Model, ClustersOfRingsOfTheirOwnCostMoreWithoutConstantWeights) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  plan::Sm90Model free;
+  free.depth_unpromised_us = 0;
+  for (const bool constant_weights : {false, true}) {
+    const Problem problem = {16, 2048, 8192, 128, /*quantizes=*/false, constant_weights};
+    for (const Plan& candidate : plan::sm90_candidates(problem, device)) {
+      const bool costs = plan::kSm90Tiles[candidate.tile].depth_split() && !constant_weights;
+      const double more = costs ? plan::kSm90Model.depth_unpromised_us * (candidate.split - 1) : 0;
+      EXPECT_NEAR(plan::sm90_estimated_us(problem, device, candidate, plan::kSm90Model) -
+                      plan::sm90_estimated_us(problem, device, candidate, free),
+                  more, 1e-9)
+          << plan::candidate_name(candidate);
+    }
+  }
+}
+
 TEST(Sm90StagesAhead, WhereAnotherLaunchHasItsPartOfTheDevice) {
   Plan plan;
   plan.resident_blocks = 132;
