@@ -13,8 +13,8 @@ namespace marlin_qqq::cuda::sm90 {
 // What a kernel does besides multiplying.
 enum class Variant {
   kPlain,
-  // Dequantises its first stages while it waits for the kernel before it. That takes all registers of a multiprocessor:
-  // no block of another kernel, such as a quantisation, fits beside it.
+  // Dequantises its first stages while it waits for the kernel before it. With group scales that takes all registers of
+  // a multiprocessor: no block of another kernel, such as a quantisation, fits beside it.
   kAhead,
   // Gets its activations as fp16 or bf16 and quantises them itself.
   kQuantizing,
@@ -56,7 +56,7 @@ struct Config {
   // Stages of a ring that are dequantised before the wait: to registers, and of a ring of a warp's own that holds all
   // its inputs, with group scales, the others to shared memory.
   static constexpr int kStagesAhead = kVariant != Variant::kPlain ? kTile.stages_ahead(kGrouped) : 0;
-  static constexpr bool kSharedAhead = kStagesAhead > 0 && kWarpRings&& kGrouped;
+  static constexpr bool kSharedAhead = kGrouped && kWarpRings && kStagesAhead > 0;
 
   static constexpr int kStoreTokens = kTile.store_tokens();  // rows of an output staging chunk
   static constexpr int kChunks = kTile.store_chunks();
