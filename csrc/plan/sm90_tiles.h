@@ -123,7 +123,7 @@ struct Sm90Tile {
   }
   // Where the blocks of a cluster of `split` add up what they have of a tile: the sums that a block receives from the
   // others, each of which finishes a share of the tokens, and its own partial sums where those lie in shared memory
-  // too. See exchange.cuh, and reduce_tile in epilogue.cuh.
+  // too. See exchange.cuh, and reduce_tile in ring_sums.cuh.
   constexpr int exchange_bytes(int split) const {
     const int chunk = depth_split() ? 1 : store_tokens();
     const int chunks = depth_split() ? tokens : store_chunks();

@@ -6,8 +6,8 @@
 #include "cuda/common/cluster.cuh"
 #include "cuda/common/shared_memory.cuh"
 #include "cuda/sm90/config.cuh"
-#include "cuda/sm90/epilogue.cuh"
 #include "cuda/sm90/flow_position.h"
+#include "cuda/sm90/ring_sums.cuh"
 #include "cuda/sm90/token_quantization.cuh"
 #include "cuda/sm90/warp_mainloop.cuh"
 

@@ -7,33 +7,11 @@
 #include "cuda/sm90/config.cuh"
 #include "cuda/sm90/epilogue.cuh"
 #include "cuda/sm90/mainloop.cuh"
+#include "cuda/sm90/ring_sums.cuh"
 #include "cuda/sm90/token_quantization.cuh"
 #include "cuda/sm90/warp_mainloop.cuh"
 
 namespace marlin_qqq::cuda::sm90 {
-
-// The end of a tile whose inputs are shared by the warpgroups or warps of a block, and perhaps by those of a cluster,
-// or whose sums go to scratch. `hand_over()`: what the threads do before they meet for the last time.
-template <class C, class HandOver>
-__device__ __forceinline__ void finish_partial(const Parameters& p, uint32_t shared, const WorkTile& tile,
-                                               const HandOver& hand_over, int cluster_size, int block_rank,
-                                               int warpgroup, int warp, int lane,
-                                               const int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
-  const bool exchanges = C::kDepthSplit && cluster_size > 1;
-  if constexpr (C::kSumsApart) {
-    __syncwarp();
-    if (exchanges) cluster_arrive();
-    add_sums_of_ring<C>(shared + C::kSumOffset, warp, lane, sums);
-  } else {
-    named_barrier_sync(kPartialSums, C::kConsumerThreads);  // all warpgroups are done with the stages
-    if (exchanges) cluster_arrive();
-    store_partial<C>(shared + C::kPartialOffset, warpgroup, warp, lane, sums);
-  }
-  hand_over();
-  named_barrier_sync(kPartialSums, C::kConsumerThreads);
-  if (exchanges) cluster_wait();  // the cluster's blocks are done with theirs
-  reduce_tile<C>(p, shared, tile, C::kDepthSplit ? block_rank : 0, threadIdx.x);
-}
 
 // The number of a thread among those that multiply. Where registers are scarce, in a form that the compiler cannot look
 // through: what follows from it is then computed anew for every tile, and not kept in registers through the products.
