@@ -1,5 +1,5 @@
-// The end of a tile whose inputs are shared out: among the rings of a block, the blocks of a cluster, or clusters. Their
-// sums meet in shared memory, are exchanged between blocks, and go from there to the output or to scratch.
+// The end of a tile whose inputs are shared out: among the rings of a block, the blocks of a cluster, or clusters.
+// Their sums meet in shared memory, are exchanged between blocks, and go from there to the output or to scratch.
 #pragma once
 
 #include "cuda/common/barrier.cuh"

@@ -1,5 +1,5 @@
-// What a block does while it waits for the kernel before (Variant::kAhead): docs/kernel-sm90.md, "Programmatic dependent
-// launch".
+// What a block does while it waits for the kernel before (Variant::kAhead): docs/kernel-sm90.md, "Programmatic
+// dependent launch".
 #pragma once
 
 #include "cuda/common/barrier.cuh"
