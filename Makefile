@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 PY_NEWEST := $(VENV_NEWEST)/bin/python
 BUILD = build/cmake-$(shell $(PY) -c 'import sys; print(sys.implementation.cache_tag)')
 # All but the generated file.
-CPP_SOURCES = git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.h' 'tests/cpp/*.cpp' \
+CPP_SOURCES = git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.h' 'tests/cpp/*.cpp' \
 	':!csrc/cuda/common/wgmma_int8.cuh'
 WITH_TESTS = CMAKE_ARGS="-DMARLIN_QQQ_BUILD_TESTS=ON $(CMAKE_ARGS)"
 export MAX_JOBS
