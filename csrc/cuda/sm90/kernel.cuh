@@ -138,9 +138,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
         tile.feature = __reduce_max_sync(~0u, tile.feature);
         tile.stage_begin = __reduce_max_sync(~0u, tile.stage_begin);
         tile.stage_end = __reduce_max_sync(~0u, tile.stage_end);
-        ahead.count = __reduce_max_sync(~0u, ahead.count);
-        ahead.in_shared = __reduce_max_sync(~0u, ahead.in_shared);
-        ahead.awaited = __reduce_max_sync(~0u, ahead.awaited);
+        if constexpr (C::kStagesAhead > 0) {
+          ahead.count = __reduce_max_sync(~0u, ahead.count);
+          ahead.awaited = __reduce_max_sync(~0u, ahead.awaited);
+        }
+        if constexpr (C::kSharedAhead) ahead.in_shared = __reduce_max_sync(~0u, ahead.in_shared);
         whole.stage_begin = __reduce_max_sync(~0u, whole.stage_begin);
         ring.barriers = __reduce_max_sync(~0u, ring.barriers);
       }
