@@ -66,7 +66,7 @@ double flow_us(const Problem& problem, const DeviceProperties& device, const Pla
 
 int64_t sm90_ring_stages(const Problem& problem, const Plan& plan) {
   const int rings = kSm90Tiles[plan.tile].rings() * plan.split * plan.scratch_split;
-  return divide_up(divide_up(problem.in_features, 128), rings);
+  return divide_up(problem.in_features / 128, rings);
 }
 
 int sm90_stages_ahead(const Problem& problem, const Plan& plan) {
@@ -119,7 +119,7 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
       std::max(((grouped ? group_latency : channel_latency) + model.stage_latency_per_token * tokens * tile.blocks) *
                    (tile.depth_split() ? 1.0 : model.shared_ring_fraction),
                model.memory_latency / tile.stages);
-  const double ring_stages = std::ceil(stages / tile.rings());
+  const auto ring_stages = static_cast<double>(sm90_ring_stages(problem, plan));
   // How much of another launch finds multiprocessors beside this one. Where its blocks do not all, the launch ends with
   // those that start late.
   const bool fits_beside = tile.blocks_per_sm == 1 && 2 * works <= slots;

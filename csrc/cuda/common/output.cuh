@@ -49,13 +49,8 @@ struct ColumnFactors {
   ColumnFactors() = default;
   __device__ __forceinline__ ColumnFactors(const float* channel_scales, const void* biases, int column, bool bfloat16)
       : bias{0, 0}, has_bias(biases != nullptr), bfloat16(bfloat16) {
-    // Two pairs of neighbours in the stored order: see format::stored_channel_scale_column.
-    const auto first = static_cast<uint32_t>(column);
-    const float2 scale01 =
-        __ldcg(reinterpret_cast<const float2*>(channel_scales + format::stored_channel_scale_column(first)));
-    const float2 scale23 =
-        __ldcg(reinterpret_cast<const float2*>(channel_scales + format::stored_channel_scale_column(first + 2)));
-    channel_scale = {scale01.x, scale01.y, scale23.x, scale23.y};
+    load_channel_scales(
+        column, [&](uint32_t stored) { return __ldcg(reinterpret_cast<const float2*>(channel_scales + stored)); });
     if (has_bias) bias = __ldcg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(biases) + column));
   }
 
@@ -64,10 +59,7 @@ struct ColumnFactors {
   __device__ __forceinline__ ColumnFactors(uint32_t channel_scales, uint32_t biases, int column, bool has_bias,
                                            bool bfloat16)
       : bias{0, 0}, has_bias(has_bias), bfloat16(bfloat16) {
-    const auto first = static_cast<uint32_t>(column);
-    const float2 scale01 = shared_load_float2(channel_scales + 4 * format::stored_channel_scale_column(first));
-    const float2 scale23 = shared_load_float2(channel_scales + 4 * format::stored_channel_scale_column(first + 2));
-    channel_scale = {scale01.x, scale01.y, scale23.x, scale23.y};
+    load_channel_scales(column, [&](uint32_t stored) { return shared_load_float2(channel_scales + 4 * stored); });
     if (has_bias) {
       const float2 bits = shared_load_float2(biases + 2 * column);
       bias = {__float_as_uint(bits.x), __float_as_uint(bits.y)};
@@ -89,6 +81,16 @@ struct ColumnFactors {
     }
     const uint2 packed = {pack_outputs(value.x, value.y, bfloat16), pack_outputs(value.z, value.w, bfloat16)};
     *reinterpret_cast<uint2*>(static_cast<uint16_t*>(output) + row * out_features + column) = packed;
+  }
+
+ private:
+  // Two pairs of neighbours in the stored order (see format::stored_channel_scale_column), each from `pair`.
+  template <class Pair>
+  __device__ __forceinline__ void load_channel_scales(int column, const Pair& pair) {
+    const auto first = static_cast<uint32_t>(column);
+    const float2 scale01 = pair(format::stored_channel_scale_column(first));
+    const float2 scale23 = pair(format::stored_channel_scale_column(first + 2));
+    channel_scale = {scale01.x, scale01.y, scale23.x, scale23.y};
   }
 };
 

@@ -29,6 +29,22 @@ __device__ __forceinline__ uint32_t shared_load(uint32_t address) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
   return value;
 }
+// kCount neighbouring words: 1, 2 or 4.
+template <int kCount>
+__device__ __forceinline__ void shared_load_words(uint32_t (&words)[kCount], uint32_t address) {
+  static_assert(kCount == 1 || kCount == 2 || kCount == 4, "no load has so many words");
+  if constexpr (kCount == 1) {
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(words[0]) : "r"(address) : "memory");
+  } else if constexpr (kCount == 2) {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address) : "memory");
+  } else {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
 __device__ __forceinline__ void shared_store(uint32_t address, uint32_t value) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }

@@ -4,23 +4,11 @@
 #pragma once
 
 #include "cuda/common/mma.cuh"
+#include "cuda/common/shared_memory.cuh"
 #include "cuda/dequant/dequant.h"
 #include "cuda/sm80/copies.cuh"
 
 namespace marlin_qqq::cuda::sm80 {
-
-// kCount neighbouring words of shared memory.
-template <int kCount>
-__device__ __forceinline__ void load_words(uint32_t (&words)[kCount], uint32_t address) {
-  if constexpr (kCount == 2) {
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address) : "memory");
-  } else {
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                 : "r"(address)
-                 : "memory");
-  }
-}
 
 // sums[j][i][2 * b + e]: feature 16 * j + 8 * b + lane / 4 and token 8 * i + 2 * (lane % 4) + e of the warp's tile.
 template <class C>
@@ -61,7 +49,7 @@ class Reader {
   __device__ __forceinline__ void read(Operands<C>& operands, uint32_t stage, int step) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      load_words(operands.words[half], stage + weights_ + (2 * step + half) * C::kFeatures * 8);
+      shared_load_words(operands.words[half], stage + weights_ + (2 * step + half) * C::kFeatures * 8);
     }
     const uint32_t address = stage + activations_ + (piece_ ^ (step * 32));
 #pragma unroll
@@ -74,7 +62,7 @@ class Reader {
     }
   }
   __device__ __forceinline__ void read_scales(uint32_t (&pairs)[C::kChunks], uint32_t stage) const {
-    if constexpr (C::kGrouped) load_words(pairs, stage + scales_);
+    if constexpr (C::kGrouped) shared_load_words(pairs, stage + scales_);
   }
 };
 

@@ -130,7 +130,6 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
     error = encode_tensor_map(&p.output, ElementType::kUInt16, arguments.output, tokens, features, tile.store_rows(),
                               64, /*swizzle=*/true);
   }
-  p.stage_count = static_cast<int>(divide_up(problem.in_features, 128));
   plan_early_fetch(p, tile, plan, problem);
   const Variant variant = plan.quantizes        ? Variant::kQuantizing
                           : p.dequantizes_early ? Variant::kAhead
@@ -145,6 +144,7 @@ cudaError_t launch(const plan::Plan& plan, const plan::Problem& problem, const G
   p.output_is_bfloat16 = arguments.output_type == OutputType::kBFloat16;
   p.num_tokens = static_cast<int>(problem.num_tokens);
   p.out_features = static_cast<int>(problem.out_features);
+  p.stage_count = static_cast<int>(divide_up(problem.in_features, 128));
   p.token_tiles = static_cast<int>(tile.token_tiles(problem.num_tokens));
   p.feature_groups = static_cast<int>(tile.feature_groups(problem.out_features, plan.multicast));
   p.token_group = std::min(8, p.token_tiles);

@@ -1,6 +1,7 @@
 // From packed words in a stage of shared memory to the A operands of products, in registers.
 #pragma once
 
+#include "cuda/common/shared_memory.cuh"
 #include "cuda/dequant/dequant.h"
 #include "cuda/sm90/config.cuh"
 
@@ -21,20 +22,6 @@ struct WeightReader {
     const int chunk = feature % 64 / 16;
     weight_offset = panel * (C::kWeightBytes / C::kPanels) + tile_of_panel * 512 + 16 * lane + 4 * chunk;
     scale_offset = panel * (C::kScaleBytes / C::kPanels) + tile_of_panel * 128 + 16 * (lane / 4) + 4 * chunk;
-  }
-
-  // kBlocks neighbouring words.
-  static __device__ __forceinline__ void load(uint32_t (&words)[C::kBlocks], uint32_t address) {
-    if constexpr (C::kBlocks == 1) {
-      asm volatile("ld.shared.b32 %0, [%1];" : "=r"(words[0]) : "r"(address) : "memory");
-    } else if constexpr (C::kBlocks == 2) {
-      asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address) : "memory");
-    } else {
-      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                   : "r"(address)
-                   : "memory");
-    }
   }
 };
 
@@ -67,13 +54,13 @@ template <class C>
 __device__ __forceinline__ void fetch_step(PackedStep<C>& packed, uint32_t weights, int step) {
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    WeightReader<C>::load(packed.words[row], weights + (2 * step + row) * 8 * C::kPanelFeatures);
+    shared_load_words(packed.words[row], weights + (2 * step + row) * 8 * C::kPanelFeatures);
   }
 }
 
 template <class C>
 __device__ __forceinline__ void fetch_packed_scales(PackedScales<C>& packed, uint32_t address) {
-  if constexpr (C::kGrouped) WeightReader<C>::load(packed.pairs, address);
+  if constexpr (C::kGrouped) shared_load_words(packed.pairs, address);
 }
 
 template <class C>

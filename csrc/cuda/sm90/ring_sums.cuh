@@ -63,14 +63,9 @@ struct RingFactors {
   }
 };
 
-// A warpgroup's partial sums -> shared memory, [token][feature] with a pitch that spreads the banks.
-template <class C>
-__device__ __forceinline__ void store_partial(uint32_t partial, int warpgroup, int warp, int lane,
-                                              const int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
-  static_assert(!C::kWarpRings, "there is room for the sums of warps beside their rings");
-  constexpr int kPitch = C::kPartialPitch;
-  const int copy = C::kDepthSplit ? warpgroup : 0;
-  const int first_feature = warpgroup * C::kFeatureStride;
+// Every sum of a thread's part of a tile, with its place there: sums[j][4 * i + 2 * b + e], see consume.
+template <class C, class Visit>
+__device__ __forceinline__ void for_each_sum(const int32_t (&sums)[C::kBlocks][C::kTokens / 2], const Visit& visit) {
 #pragma unroll
   for (int j = 0; j < C::kBlocks; ++j) {
 #pragma unroll
@@ -78,17 +73,25 @@ __device__ __forceinline__ void store_partial(uint32_t partial, int warpgroup, i
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int token = 8 * i + 2 * (lane % 4) + e;
-          const int chunk = chunk_feature<C::kBlocks>(warp, lane / 8);
-          const int feature = first_feature + chunk + 16 * j + 8 * b + lane / 4;
-          asm volatile("st.shared.s32 [%0], %1;" ::"r"(partial + 4 * ((copy * C::kTokens + token) * kPitch + feature)),
-                       "r"(sums[j][4 * i + 2 * b + e])
-                       : "memory");
-        }
+        for (int e = 0; e < 2; ++e) visit(j, i, b, e, sums[j][4 * i + 2 * b + e]);
       }
     }
   }
+}
+
+// A warpgroup's partial sums -> shared memory, [token][feature] with a pitch that spreads the banks.
+template <class C>
+__device__ __forceinline__ void store_partial(uint32_t partial, int warpgroup, int warp, int lane,
+                                              const int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
+  static_assert(!C::kWarpRings, "there is room for the sums of warps beside their rings");
+  const int copy = C::kDepthSplit ? warpgroup : 0;
+  const int first_feature = warpgroup * C::kFeatureStride;
+  for_each_sum<C>(sums, [&](int j, int i, int b, int e, int32_t sum) {
+    const int token = 8 * i + 2 * (lane % 4) + e;
+    const int chunk = chunk_feature<C::kBlocks>(warp, lane / 8);
+    const int feature = first_feature + chunk + 16 * j + 8 * b + lane / 4;
+    shared_store(partial + 4 * ((copy * C::kTokens + token) * C::kPartialPitch + feature), static_cast<uint32_t>(sum));
+  });
 }
 
 // Where sums meet beside the rings: zero, by all threads of the block, who meet before the first sum is added.
@@ -110,19 +113,9 @@ __device__ __forceinline__ void add_sums_of_ring(uint32_t tile_sums, int warp, i
   const int chunk = C::kWarpRings ? 0 : chunk_feature<C::kBlocks>(warp, lane / 8);
   uint32_t first = tile_sums + 4 * (2 * (lane % 4) * C::kPartialPitch + chunk + lane / 4);
   asm volatile("" : "+r"(first));  // kept, not computed anew for every sum
-#pragma unroll
-  for (int j = 0; j < C::kBlocks; ++j) {
-#pragma unroll
-    for (int i = 0; i < C::kTokens / 8; ++i) {
-#pragma unroll
-      for (int b = 0; b < 2; ++b) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          shared_add(first + 4 * ((8 * i + e) * C::kPartialPitch + 16 * j + 8 * b), sums[j][4 * i + 2 * b + e]);
-        }
-      }
-    }
-  }
+  for_each_sum<C>(sums, [&](int j, int i, int b, int e, int32_t sum) {
+    shared_add(first + 4 * ((8 * i + e) * C::kPartialPitch + 16 * j + 8 * b), sum);
+  });
 }
 
 // Adds the partial sums of a block's rings, and those of the cluster's blocks that share the tile. Each block finishes

@@ -73,13 +73,7 @@ struct StagesAhead {
   // A step's operands, by the threads that have stored them. `stage`: one of those in shared memory.
   __device__ __forceinline__ void load(Operands<C>& operands, const Ring<C>& ring, int stage, int step) const {
 #pragma unroll
-    for (int j = 0; j < C::kBlocks; ++j) {
-      const int4 a = shared_load_int4(shared_operands(ring, stage, step, j));
-      operands.a[j][0] = a.x;
-      operands.a[j][1] = a.y;
-      operands.a[j][2] = a.z;
-      operands.a[j][3] = a.w;
-    }
+    for (int j = 0; j < C::kBlocks; ++j) shared_load_words(operands.a[j], shared_operands(ring, stage, step, j));
   }
 
  private:
