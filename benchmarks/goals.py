@@ -1,12 +1,14 @@
 """The performance goals of the Hopper kernels, judged from a saved run.
 
-    python benchmarks/goals.py benchmarks/results/hopper.json
+    python benchmarks/goals.py benchmarks/results/hopper.json [--places]
 
-Every goal is a ratio (or a time) with a bound; what is shown is the worst place measured and how many places meet it.
+Every goal is a ratio (or a time) with a bound; what is shown is the worst place measured and how many places meet it,
+with --places every one that does not.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -42,8 +44,13 @@ class Goal:
         return (max if self.at_most else min)(self.places, key=lambda place: place.value)
 
     @property
+    def missed(self) -> list[Place]:
+        side = 1 if self.at_most else -1
+        return [place for place in self.places if side * (place.value - self.bound) > 0]
+
+    @property
     def num_met(self) -> int:
-        return sum(place.value <= self.bound if self.at_most else place.value >= self.bound for place in self.places)
+        return len(self.places) - len(self.missed)
 
     def line(self) -> str:
         sign = "<=" if self.at_most else ">="
@@ -205,11 +212,19 @@ def _quantisation(table: Table) -> Iterator[Goal]:
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
-        print("usage: python benchmarks/goals.py RUN.json", file=sys.stderr)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN.json", help="a run saved by run_hopper.py")
+    parser.add_argument("--places", action="store_true", help="list every place that misses its goal")
+    arguments = parser.parse_args()
+    try:
+        goals = judge(load_run(arguments.run))
+    except ValueError as error:
+        print(f"goals: {error}", file=sys.stderr)
         return 2
-    for goal in judge(load_run(sys.argv[1])):
+    for goal in goals:
         print(goal.line())
+        if arguments.places and goal.missed:
+            print("     " + ", ".join(f"{place.where} {place.value:.3f}" for place in goal.missed))
     return 0
 
 

@@ -25,12 +25,12 @@ from marlin_qqq.bench import runner as runner_module
 from marlin_qqq.bench import timing
 from marlin_qqq.bench.implementations import gemm_implementations, parse_baselines
 from marlin_qqq.bench.implementations.base import Context, Implementation, Unavailable
-from marlin_qqq.bench.implementations.layers import DecoderLayer, MarlinLinear
+from marlin_qqq.bench.implementations.layers import DecoderLayer, MarlinLinear, linear_implementations
 from marlin_qqq.bench.implementations.marlin import MarlinGemm, _plan_of, overridden_environment, parse_variant
 from marlin_qqq.bench.implementations.torch_baselines import ChainedRead, PlainRead
 from marlin_qqq.bench.inputs import make_activations
 from marlin_qqq.bench.output import show
-from marlin_qqq.bench.presets import Layer
+from marlin_qqq.bench.presets import Layer, parse_shape
 from marlin_qqq.bench.problem import Ceilings, GemmProblem
 from marlin_qqq.bench.results import Run, load_run
 from marlin_qqq.bench.runner import Runner, Settings
@@ -577,3 +577,14 @@ def test_gemm_on_the_gpu(tmp_path):
     assert all(m.median_us and m.floor_us and m.check.startswith("exact (cpu op") for m in ours)
     assert run.find(implementation="fp16")[0].median_us
     assert run.ceilings["read_gbps"] > 100
+
+
+@pytest.mark.gpu
+def test_linear_has_the_chain_with_and_without_a_quantisation():
+    settings = Settings(device="cuda:0", replays=3)
+    runner = Runner(settings)
+    layers = linear_implementations(settings.device, ["chain"], [128])
+    runner.products([parse_shape("256x512")], [4], layers, operation="linear")
+    times = {m.implementation: m.median_us for m in runner.run.measurements}
+    assert list(times) == ["marlin_qqq:linear", "marlin_qqq:constant", "chain:linear", "chain"]
+    assert times["chain:linear"] > times["chain"] > 0

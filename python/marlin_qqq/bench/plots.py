@@ -42,7 +42,7 @@ COLOURS = {
     ("chain", 128): "#888888",
 }
 SPARE_COLOURS = ("#882255", "#44AA99", "#117733", "#332288", "#AA4499", "#661100")
-CEILINGS = ("read", "chain")  # of our own making: nobody's product
+CEILINGS = ("read", "chain", "chain:linear")  # of our own making: nobody's product
 LABELS = {
     "fp16": "fp16 matmul",
     "bf16": "bf16 matmul",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from marlin_qqq.bench.implementations.base import Bound, Context, Implementation, Unavailable
 from marlin_qqq.bench.implementations.humming import HummingGemm
 from marlin_qqq.bench.implementations.marlin import MarlinGemm
-from marlin_qqq.bench.implementations.torch_baselines import Matmul
+from marlin_qqq.bench.implementations.torch_baselines import ChainedRead, Matmul
 from marlin_qqq.bench.inputs import Activations, make_activations
 from marlin_qqq.bench.presets import Layer
 from marlin_qqq.bench.problem import GemmProblem
@@ -49,6 +49,23 @@ class MarlinLinear(MarlinGemm):
         reference = context.reference(problem, first, bias=bias)
         extra_bytes = problem.num_tokens * problem.in_features
         return Bound(launch, reference.compare, problem.bytes_moved + extra_bytes, problem.operations)
+
+
+class ChainedLinear(ChainedRead):
+    """``quantize_per_token`` and the chained read: what a layer of two kernels takes at least.
+
+    Less the chained read alone it is what the quantisation adds: its own work, and one more launch's start and end.
+    """
+
+    def __init__(self, group_size: int) -> None:
+        super().__init__(group_size)
+        self.name = "chain:linear"
+
+    def rows(self, activations: Activations) -> Callable[[int], torch.Tensor]:
+        import torch
+
+        quantize = torch.ops.marlin_qqq.quantize_per_token.default
+        return lambda index: quantize(activations.x[index % activations.copies])[0].view(torch.int32)
 
 
 class HummingLinear(HummingGemm):
@@ -97,6 +114,8 @@ def linear_implementations(device: str, baselines: Sequence[str], group_sizes: S
         chosen += [MarlinLinear(group_size), MarlinGemm(LINEAR_VARIANT, group_size)]
         if "humming" in baselines:
             chosen.append(HummingLinear(group_size))
+        if "chain" in baselines:
+            chosen += [ChainedLinear(group_size), ChainedRead(group_size)]
     return chosen + [Matmul(name) for name in baselines if name in ("fp16", "bf16", "fp32")]
 
 

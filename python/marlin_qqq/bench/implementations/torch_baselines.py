@@ -259,6 +259,13 @@ class ChainedRead(PlainRead):
     def load(self, problem: GemmProblem, context: Context) -> None:
         self.load_sources(problem, context)
 
+    def rows(self, activations: Activations) -> Callable[[int], torch.Tensor]:
+        """The int8 activations of a launch, as int32, after all that is enqueued for them."""
+        import torch
+
+        copies = [copy.view(torch.int32) for copy in activations.quantized]
+        return lambda index: copies[index % len(copies)]
+
     def bind(self, problem: GemmProblem, activations: Activations, context: Context) -> Bound:
         import torch
 
@@ -267,13 +274,13 @@ class ChainedRead(PlainRead):
 
         if problem.num_tokens > LARGEST_CHAINED_TOKENS:
             raise Unavailable(f"for up to {LARGEST_CHAINED_TOKENS} tokens")
-        rows = [copy.view(torch.int32) for copy in activations.quantized]
+        rows = self.rows(activations)
         output_words = problem.num_tokens * problem.out_features // 2  # two 16-bit values a word
 
         def launch(variant: tuple[int, int], index: int) -> torch.Tensor:
             output = torch.empty(output_words, dtype=torch.int32, device=context.device)
             source = self.sources[index % len(self.sources)]
-            return launch_chained_read(source, rows[index % len(rows)], output, variant)
+            return launch_chained_read(source, rows(index), output, variant)
 
         variants = {variant: partial(launch, variant) for variant in CHAINED_READ_VARIANTS}
         best = fastest_launch(variants, len(self.sources), 4 * self.sources[0].numel())
