@@ -20,7 +20,8 @@ from marlin_qqq.bench.results import OURS, Run
 
 Model = dict[str, float]
 
-PREFIX = f"{OURS}:constant+tile:"
+# What the measured launches are called, with and without the promise of constant weights.
+PREFIXES = {True: f"{OURS}:constant+tile:", False: f"{OURS}:tile:"}
 PLANNER_DEVICE = "planner_device"  # where a run's environment holds the device as the planner sees it
 REGIMES = ((1, 16), (17, 64), (65, 128), (129, 256), (257, 1 << 30))
 
@@ -48,6 +49,11 @@ class Problem:
     names: list[str]
     plans: list[str]
     times: list[float]
+    constant_weights: bool = True
+
+    @property
+    def name(self) -> str:
+        return problem_name(self.sizes, self.constant_weights)
 
 
 def introspection() -> Any:
@@ -68,14 +74,20 @@ def problems_of(run: Run, origin: str) -> list[Problem]:
     device = introspection().DeviceProperties(**run.environment[PLANNER_DEVICE])
     problems: dict[Any, Problem] = {}
     for m in run.measurements:
-        if not m.median_us or not m.implementation.startswith(PREFIX) or m.group_size is None:
+        promise = promised(m.implementation)
+        if not m.median_us or promise is None or m.group_size is None:
             continue
         sizes = (m.num_tokens, m.out_features, m.in_features, m.group_size)
-        problem = problems.setdefault(sizes, Problem(sizes, device, [], [], []))
-        problem.names.append(m.implementation.removeprefix(PREFIX))
+        problem = problems.setdefault((sizes, promise), Problem(sizes, device, [], [], [], promise))
+        problem.names.append(m.implementation.removeprefix(PREFIXES[promise]))
         problem.plans.append(str(m.extra.get("plan", "")))
         problem.times.append(m.median_us)
     return [problem for problem in problems.values() if len(problem.times) > 1]
+
+
+def promised(implementation: str) -> bool | None:
+    """Whether a measured launch had constant weights; None: not one of a sweep."""
+    return next((promise for promise, prefix in PREFIXES.items() if implementation.startswith(prefix)), None)
 
 
 class Objective:
@@ -86,14 +98,14 @@ class Objective:
         self.num_gone = self.num_changed = 0  # candidates that the planner has no more, or whose tile has changed
         self.estimator = introspection().Sm90Estimator()
         for problem in problems:
-            texts = self.estimator.add(*problem.sizes, problem.device, problem.names)
+            texts = self.estimator.add(*problem.sizes, problem.device, problem.names, problem.constant_weights)
             kept = [index for index, text in enumerate(texts) if text]
             self.num_gone += len(texts) - len(kept)
             self.num_changed += sum(not _same_launch(problem.plans[index], texts[index]) for index in kept)
             names, plans, times = (
                 [values[i] for i in kept] for values in (problem.names, problem.plans, problem.times)
             )
-            self.problems.append(Problem(problem.sizes, problem.device, names, plans, times))
+            self.problems.append(Problem(problem.sizes, problem.device, names, plans, times, problem.constant_weights))
         self.problems = [problem for problem in self.problems if problem.names]
         if not self.problems:
             raise ValueError("no measured candidate is one of the planner's: nothing to fit")
@@ -105,11 +117,15 @@ class Objective:
         self.weights = numpy.array(
             [REFERENCE_WEIGHT if problem.sizes[1:3] in reference else 1.0 for problem in self.problems]
         )
-        # Every regime of M weighs the same, however many of its problems a sweep of new tiles has added.
+        # Every regime of M weighs the same, with constant weights and without, however many of its problems a sweep of
+        # new tiles has added.
         tokens = numpy.array([problem.sizes[0] for problem in self.problems])
+        promises = numpy.array([problem.constant_weights for problem in self.problems])
         for low, high in REGIMES:
-            rows = (tokens >= low) & (tokens <= high)
-            self.weights[rows] /= self.weights[rows].sum()
+            for promise in PREFIXES:
+                rows = (tokens >= low) & (tokens <= high) & (promises == promise)
+                if rows.any():
+                    self.weights[rows] /= self.weights[rows].sum()
         self.evaluations = 0
 
     @cached_property
@@ -151,12 +167,12 @@ class Objective:
         """Problems whose first candidate of all has not been measured: of those the fit promises nothing."""
         measured: dict[Any, set[str]] = {}
         for problem in self.problems:
-            measured.setdefault((problem.sizes, str(problem.device)), set()).update(problem.names)
+            measured.setdefault((problem.name, str(problem.device)), set()).update(problem.names)
         found = []
         for problem in self.problems:
-            best = introspection().sm90_candidates(*problem.sizes, problem.device, model)[0]
-            if best.name not in measured[problem.sizes, str(problem.device)]:
-                found.append(f"{problem_name(problem.sizes)}: {best.name}")
+            best = introspection().sm90_candidates(*problem.sizes, problem.device, model, problem.constant_weights)[0]
+            if best.name not in measured[problem.name, str(problem.device)]:
+                found.append(f"{problem.name}: {best.name}")
         return found
 
     def _table(self, values: Sequence[float]) -> numpy.ndarray:
@@ -165,9 +181,10 @@ class Objective:
         return table
 
 
-def problem_name(sizes: tuple[int, int, int, int]) -> str:
+def problem_name(sizes: tuple[int, int, int, int], constant_weights: bool = True) -> str:
     num_tokens, out_features, in_features, group_size = sizes
-    return f"{out_features}x{in_features} M={num_tokens} {'g128' if group_size > 0 else 'channel'}"
+    mode = "g128" if group_size > 0 else "channel"
+    return f"{out_features}x{in_features} M={num_tokens} {mode}{'' if constant_weights else ' without promise'}"
 
 
 def _same_launch(before: str, now: str) -> bool:
@@ -229,18 +246,20 @@ def report(objective: Objective, before: Model, after: Model) -> list[str]:
     old, new = objective.losses(before), objective.losses(after)
     tokens = numpy.array([problem.sizes[0] for problem in objective.problems])
     lines = [f"{'M':>10} {'problems':>8}   {'before: mean':>12} {'worst':>7}   {'after: mean':>12} {'worst':>7}"]
-    for low, high in (*REGIMES, (1, 1 << 30)):
-        rows = (tokens >= low) & (tokens <= high)
+    promises = numpy.array([problem.constant_weights for problem in objective.problems])
+    regimes = [(low, high, promise) for promise in PREFIXES for low, high in REGIMES]
+    for low, high, promise in (*regimes, (1, 1 << 30, None)):
+        rows = (tokens >= low) & (tokens <= high) & ((promises == promise) | (promise is None))
         if not rows.any():
             continue
-        name = "all" if (low, high) == (1, 1 << 30) else f"{low}-{high}" if high < 1 << 30 else f"{low}-"
+        name = "all" if promise is None else f"{low}-{high}" if high < 1 << 30 else f"{low}-"
+        name += " raw" if promise is False else ""
         figures = [figure for losses in (old[rows], new[rows]) for figure in (losses.mean(), losses.max())]
         lines.append("{:>10} {:>8}   {:>12.4f} {:>7.3f}   {:>12.4f} {:>7.3f}".format(name, int(rows.sum()), *figures))
     for title, model, losses in (("before", before, old), ("after", after, new)):
         worst = int(losses.argmax())
         lines.append(
-            f"worst {title}: {problem_name(objective.problems[worst].sizes)}; error of the times "
-            f"{objective.time_error(model):.1%}"
+            f"worst {title}: {objective.problems[worst].name}; error of the times {objective.time_error(model):.1%}"
         )
     return lines
 

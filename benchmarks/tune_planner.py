@@ -136,8 +136,8 @@ class SweepRunner(Runner):
 class Sweep:
     """The growing file of one sweep on one GPU."""
 
-    def __init__(self, runner: Runner, path: Path) -> None:
-        self.runner, self.path = runner, path
+    def __init__(self, runner: Runner, path: Path, constant_weights: bool = True) -> None:
+        self.runner, self.path, self.constant_weights = runner, path, constant_weights
         self.done: set[tuple[int, int, int, int]] = set()
         self.num_before = 0
         self._saved = time.monotonic()
@@ -146,7 +146,11 @@ class Sweep:
             self.num_before = len(before.measurements)
             runner.run.measurements = before.measurements
             self.device = before.environment.get(planner_fit.PLANNER_DEVICE)
-            self.done = {(m.num_tokens, m.out_features, m.in_features, m.group_size or -1) for m in before.measurements}
+            self.done = {
+                (m.num_tokens, m.out_features, m.in_features, m.group_size or -1)
+                for m in before.measurements
+                if planner_fit.promised(m.implementation) == constant_weights
+            }
 
     def measure(self, work: Work, limit: int) -> str:
         """One problem: what came of it, in a line."""
@@ -154,13 +158,14 @@ class Sweep:
         sizes = (tokens, shape.out_features, shape.in_features, mode)
         if sizes in self.done:
             return "measured before"
-        device, candidates = ask_candidates(*sizes, self.runner.settings.device, constant_weights=True)
+        device, candidates = ask_candidates(*sizes, self.runner.settings.device, constant_weights=self.constant_weights)
         known = self.runner.run.environment.setdefault(planner_fit.PLANNER_DEVICE, device)
         if self.num_before and self.device != known:
             raise ValueError(f"{self.path} was measured on another GPU than this one; give another --json")
         chosen = choose_candidates(candidates, tokens, limit)
         first = len(self.runner.run.measurements)
-        variants = [MarlinGemm(f"constant+{candidate.variant}", mode) for candidate in chosen]
+        promise = "constant+" if self.constant_weights else ""
+        variants = [MarlinGemm(promise + candidate.variant, mode) for candidate in chosen]
         self.runner.products([shape], [tokens], variants)
         rows = self.runner.run.measurements[first:]
         for row, candidate in zip(rows, chosen, strict=True):
@@ -191,7 +196,8 @@ def measure(arguments: argparse.Namespace) -> int:
         raise ValueError("measure needs a Hopper GPU: only their planner has a model to fit (csrc/plan/sm90_model.h)")
     shapes = [parse_shape(text) for text in arguments.shapes.split(",")]
     todo = work_list(shapes, parse_integers(arguments.num_tokens), [int(g) for g in arguments.group_size.split(",")])
-    sweep = Sweep(SweepRunner(Settings(device=device, replays=arguments.replays)), arguments.json)
+    runner = SweepRunner(Settings(device=device, replays=arguments.replays))
+    sweep = Sweep(runner, arguments.json, constant_weights=not arguments.without_promise)
     try:
         for index, work in enumerate(todo):
             seconds = time.monotonic() - start
@@ -200,7 +206,8 @@ def measure(arguments: argparse.Namespace) -> int:
                 break
             line = sweep.measure(work, arguments.candidates)
             shape, mode, tokens = work
-            name = planner_fit.problem_name((tokens, shape.out_features, shape.in_features, mode))
+            sizes = (tokens, shape.out_features, shape.in_features, mode)
+            name = planner_fit.problem_name(sizes, sweep.constant_weights)
             print(f"[{index + 1:4}/{len(todo)} {seconds:4.0f} s] {name}: {line}", flush=True)
     finally:
         sweep.save()
@@ -250,6 +257,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     step.add_argument("--group-size", default="-1,128", help="modes")
     step.add_argument(
         "--candidates", type=int, default=8, help="the planner's best to time; of other families one more"
+    )
+    step.add_argument(
+        "--without-promise", action="store_true", help="launches without constant_weights (a file may hold both)"
     )
     step.add_argument("--replays", type=int, default=9)
     step.add_argument("--device", default="cuda")

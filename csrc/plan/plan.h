@@ -48,7 +48,7 @@ struct Plan {
   std::string tile_name;    // the table row's name, as MARLIN_QQQ_TILE accepts it
   int tile_tokens = 0;      // tokens of one block's tile
   int tile_features = 0;    // output features of one block's tile
-  int stages = 0;           // depth of the shared-memory pipeline
+  int stages = 0;           // of the shared-memory pipeline that are used: what a ring has on its way at a time
   int split = 1;            // blocks that share one output tile, each with a slice of in_features (sm90: one cluster)
   int whole_rounds = 0;     // tiles that each block takes whole before the cluster's blocks share one (sm90, split > 1)
   int scratch_split = 1;    // clusters that share one output tile: their sums meet in scratch (sm90); blocks that share

@@ -69,6 +69,22 @@ int64_t sm90_ring_stages(const Problem& problem, const Plan& plan) {
   return divide_up(problem.in_features / 128, rings);
 }
 
+int sm90_used_stages(const Problem& problem, const Plan& plan) {
+  constexpr int kFewest = 3;
+  constexpr int kLongRing = 32;
+  const Sm90Tile& tile = kSm90Tiles[plan.tile];
+  const bool one_round = tile.walks() || plan.grid <= plan.resident_blocks;
+  if (plan.quantizes || tile.pingpong() || tile.tokens > 112 || !one_round) return tile.stages;
+  const bool long_ring =
+      tile.depth_split() && !tile.warp_rings() && sm90_ring_stages(problem, plan) >= kLongRing && tile.tokens <= 48;
+  if (problem.constant_weights && !long_ring) return tile.stages;
+  const int scale_bytes = problem.group_size > 0 ? tile.scale_bytes() : 0;
+  const int stage_bytes = tile.activation_bytes() + tile.weight_bytes() + scale_bytes;
+  const int bytes = (tile.tokens <= 32 ? 115 : 130) * 1024;
+  const auto stages = static_cast<int>(divide_up(bytes, tile.blocks_per_sm * tile.rings() * stage_bytes));
+  return std::min(std::max(stages, kFewest), tile.stages);
+}
+
 int sm90_stages_ahead(const Problem& problem, const Plan& plan) {
   const Sm90Tile& tile = kSm90Tiles[plan.tile];
   const bool grouped = problem.group_size > 0;
@@ -115,16 +131,23 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   const double group_latency = tile.warp_rings()
                                    ? model.warp_group_stage_latency + later_octets * model.warp_group_octet_latency
                                    : model.group_stage_latency + second_product * model.group_product_latency;
+  const bool four_warps = tile.warp_rings() && tile.warpgroups == 1;
+  const bool two_rings = tile.depth_split() && tile.warpgroups == 2 && tile.blocks == 1;
+  const double rings_fraction = !tile.depth_split() ? model.shared_ring_fraction
+                                : four_warps        ? model.four_warps_fraction
+                                : two_rings         ? model.two_rings_fraction
+                                                    : 1.0;
   const double latency =
       std::max(((grouped ? group_latency : channel_latency) + model.stage_latency_per_token * tokens * tile.blocks) *
-                   (tile.depth_split() ? 1.0 : model.shared_ring_fraction),
+                   rings_fraction,
                model.memory_latency / tile.stages);
   const auto ring_stages = static_cast<double>(sm90_ring_stages(problem, plan));
   // How much of another launch finds multiprocessors beside this one. Where its blocks do not all, the launch ends with
   // those that start late.
-  const bool fits_beside = tile.blocks_per_sm == 1 && 2 * works <= slots;
+  const bool counts = tile.blocks_per_sm == 1 || tile.warp_rings();
+  const bool fits_beside = counts && 2 * works <= slots;
   double beside = fits_beside ? 1.0 : 0.0;
-  if (tile.blocks_per_sm == 1 && !fits_beside && works < slots) {
+  if (counts && !fits_beside && works < slots) {
     beside = model.unfit_fraction * std::pow(static_cast<double>(slots - works) / works, model.unfit_power);
   }
   // Of a ring's stages, what is dequantised while the launch before ends, by all blocks or by those that find room.
@@ -171,7 +194,11 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
     const double sums = 8.0 * plan.scratch_split * static_cast<double>(problem.num_tokens) * problem.out_features;
     us += model.reduction_kernel_us + sums / model.scratch_bytes_per_us;
   }
-  if (tile.depth_split() && !problem.constant_weights) us += model.depth_unpromised_us * (plan.split - 1);
+  if (!problem.constant_weights && tile.depth_split()) {
+    us += model.depth_unpromised_us * (plan.split - 1);
+    if (two_rings) us -= model.two_rings_unpromised_us;
+    if (four_warps) us -= model.four_warps_unpromised_us;
+  }
   return std::max(us + quantization, 0.1);
 }
 
@@ -218,7 +245,6 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
           plan.tile_name = std::string(tile.name);
           plan.tile_tokens = tile.tokens;
           plan.tile_features = tile.features();
-          plan.stages = tile.stages;
           plan.split = in_scratch ? 1 : split;
           plan.scratch_split = in_scratch ? split : 1;
           plan.multicast = multicast;
@@ -246,11 +272,13 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
           if (clusters * cluster_size > kLargestExtent) continue;
           plan.grid = static_cast<int>(clusters * cluster_size);
           plan.resident_blocks = static_cast<int>(slots * cluster_size);
+          plan.stages = sm90_used_stages(problem, plan);
           if (in_scratch) plan.scratch_bytes = 4 * plan.scratch_split * problem.num_tokens * problem.out_features;
           plan.estimated_us = sm90_estimated_us(problem, device, plan, model);
           plans.push_back(plan);
           if (!problem.quantizes || !tile.can_quantize(problem.num_tokens, problem.in_features)) continue;
           plan.quantizes = true;
+          plan.stages = sm90_used_stages(problem, plan);
           plan.shared_memory_bytes +=
               tile.quantization_bytes(problem.num_tokens, tile.flows() ? stage_count : divide_up(stage_count, split));
           if (plan.shared_memory_bytes > device.shared_memory_per_block) continue;

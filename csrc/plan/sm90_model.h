@@ -5,115 +5,119 @@
 namespace marlin_qqq::plan {
 
 // Cycles are of the device's nominal clock; a rate is a multiprocessor's unless it says otherwise.
-// Fitted on NVIDIA H100 80GB HBM3: 5,656 problems, 53,958 candidates, mean loss 1.0%; flow_* on 308 more with 2,576,
-// mean loss 0.5%; since sums meet beside the rings and clusters without a fence, the constants of launches, latencies
-// and reductions on 2,730 of 75 layers with 35,422: mean loss 1.1%, 1.2% on layers left out of the fit.
+// Fitted on NVIDIA H100 80GB HBM3: 1,354 problems, 18,363 candidates, mean loss 0.8%.
 struct Sm90Model {
   // int8 products of wgmma, a cycle
-  double macs_per_cycle = 3941;
+  double macs_per_cycle = 3847;
   // the same of a warpgroup alone, of two that take turns
-  double turn_macs_per_cycle = 3868;
+  double turn_macs_per_cycle = 3804;
   // bytes from L2 into shared memory, a cycle. This one and the two fractions of the memory bus's rate below are what
   // fits the times best, not what the device does.
-  double feed_bytes_per_cycle = 193.7;
+  double feed_bytes_per_cycle = 142.3;
   // cycles that dequantise an output feature's 128 inputs, per-channel and with group scales
-  double channel_dequant_cycles = 2.41;
-  double group_dequant_cycles = 3.316;
+  double channel_dequant_cycles = 2.215;
+  double group_dequant_cycles = 3.54;
   // order of the norm that joins these three, per-channel and with group scales: how well the units overlap, the
   // larger, the better
-  double channel_unit_norm = 10.29;
-  double group_unit_norm = 1.659;
+  double channel_unit_norm = 4.489;
+  double group_unit_norm = 2.091;
 
   // cycles that a ring's stage takes at least, however idle the multiprocessor is
-  double channel_stage_latency = 468.7;
-  double group_stage_latency = 814.5;
+  double channel_stage_latency = 361.4;
+  double group_stage_latency = 644.3;
   // more of them where a warpgroup has two products of 64 features
-  double channel_product_latency = 6.692;
-  double group_product_latency = 540;
+  double channel_product_latency = 1.865;
+  double group_product_latency = 279.8;
   // the same for the rings of single warps, which take all of a tile's features
-  double warp_channel_stage_latency = 181.9;
-  double warp_group_stage_latency = 1640;
+  double warp_channel_stage_latency = 775.3;
+  double warp_group_stage_latency = 1537;
   // more of them for every further eight tokens
-  double warp_channel_octet_latency = 481.3;
-  double warp_group_octet_latency = 105.7;
+  double warp_channel_octet_latency = 213.8;
+  double warp_group_octet_latency = 122.1;
   // part of the work on a stage that is done while the launch before ends, where it is dequantised early, and of that
   // part what is left where not all blocks of a launch find room beside the one before
-  double ahead_fraction = 0.6063;
-  double ahead_unfit_fraction = 0.3768;
+  double ahead_fraction = 0.5205;
+  double ahead_unfit_fraction = 0.2745;
+  // part of these cycles that a stage takes where half as many share a multiprocessor: the rings of two warpgroups in
+  // place of four, of four warps in place of eight
+  double two_rings_fraction = 1.001;
+  double four_warps_fraction = 1.031;
   // what dequantisation costs such warps, against others
-  double warp_dequant_fraction = 0.6753;
+  double warp_dequant_fraction = 0.7832;
   // and more cycles a stage for every token and 64 features of the tile
-  double stage_latency_per_token = 0.8304;
+  double stage_latency_per_token = 0.5602;
   // these cycles where a warp of its own fills the ring, against rings that those who multiply fill
-  double shared_ring_fraction = 0.5907;
+  double shared_ring_fraction = 0.8565;
   // cycles from a stage's request to its arrival: a ring has all its stages on their way at most
-  double memory_latency = 2309;
+  double memory_latency = 2465;
   // order of the norm that joins the stages' latency with the units' work
-  double latency_norm = 6.058;
+  double latency_norm = 7.421;
 
   // cycles of a launch: first bytes to arrive, barriers, the last store
-  double launch_cycles = 267.3;
+  double launch_cycles = 2137;
   // cycles of it that are hidden where the next launch's blocks find multiprocessors of their own; where only a part of
   // them does, this fraction of those cycles times that power of the part
-  double neighbour_cycles = 2776;
-  double unfit_fraction = 0.8138;
-  double unfit_power = 0.322;
+  double neighbour_cycles = 2928;
+  double unfit_fraction = 0.7201;
+  double unfit_power = 0.199;
   // more cycles that reduce a cluster of two blocks, and for every further block
-  double cluster_reduction_cycles = 1904;
-  double cluster_reduction_per_block = 812.7;
+  double cluster_reduction_cycles = 1710;
+  double cluster_reduction_per_block = 1057;
   // bytes of sums that a block sends to the others of its cluster, a cycle
-  double exchange_bytes_per_cycle = 30.23;
+  double exchange_bytes_per_cycle = 19.47;
   // the same of blocks whose rings have sums of their own
-  double depth_cluster_cycles = 782;
-  double depth_cluster_per_block = 39.76;
-  double depth_exchange_bytes_per_cycle = 124.8;
-  // Of launches without constant weights, microseconds more for every further block of such a cluster. Measured apart,
-  // for a sweep is of launches with them.
-  double depth_unpromised_us = 0.25;
+  double depth_cluster_cycles = 1261;
+  double depth_cluster_per_block = 184.6;
+  double depth_exchange_bytes_per_cycle = 80.36;
+  // Of launches without constant weights, microseconds more for every further block of such a cluster, and fewer where
+  // two warpgroups' rings, or four warps', share a block.
+  double depth_unpromised_us = 0.1092;
+  double two_rings_unpromised_us = 0.1172;
+  double four_warps_unpromised_us = 0.2294;
   // bytes of the rings' sums added up, a cycle, where they lie in the place of the stages, and beside them, those of
   // warpgroups' and of single warps' rings
-  double reduction_bytes_per_cycle = 27.39;
-  double apart_bytes_per_cycle = 35.05;
-  double warp_apart_bytes_per_cycle = 73.03;
+  double reduction_bytes_per_cycle = 30.59;
+  double apart_bytes_per_cycle = 46.33;
+  double warp_apart_bytes_per_cycle = 80.64;
   // outputs of the last tile that are stored, a cycle
-  double epilogue_outputs_per_cycle = 7.397;
+  double epilogue_outputs_per_cycle = 5.686;
   // cycles between a block's tiles, or around its only one; the same where its rings' sums are added
-  double wave_cycles = 4663;
-  double depth_wave_cycles = 4899;
+  double wave_cycles = 2797;
+  double depth_wave_cycles = 3166;
   // the same between the tiles of warpgroups that take turns
-  double turn_cycles = 416.4;
+  double turn_cycles = 90.54;
   // microseconds of the second, dependent launch that adds the sums in scratch
-  double reduction_kernel_us = 2.41;
+  double reduction_kernel_us = 2.171;
   // bytes of such sums written and read in L2 by the whole GPU, a microsecond
-  double scratch_bytes_per_us = 3.033e6;
+  double scratch_bytes_per_us = 4.633e6;
   // part of its time that a block waits for each neighbour it shares activations with
-  double multicast_penalty = 0.05485;
+  double multicast_penalty = 0.03031;
 
   // part of the memory bus's rate that a product reaches
-  double bandwidth_fraction = 1.775;
+  double bandwidth_fraction = 1.293;
   // order of the norm that joins the bytes' time with the multiprocessors'
-  double bandwidth_norm = 1.341;
+  double bandwidth_norm = 1.702;
 
   // Tiles whose rings flow on: cycles of a ring's stage, for the first eight tokens, per-channel and with group scales,
   // and for every further eight
-  double flow_channel_stage_cycles = 1115;
-  double flow_group_stage_cycles = 1582;
-  double flow_channel_octet_cycles = 147.2;
-  double flow_group_octet_cycles = 449.6;
+  double flow_channel_stage_cycles = 814.1;
+  double flow_group_stage_cycles = 1956;
+  double flow_channel_octet_cycles = 240.5;
+  double flow_group_octet_cycles = 247.6;
   // cycles between a block's tiles
-  double flow_tile_cycles = 1897;
+  double flow_tile_cycles = 2277;
   // Of launches with constant weights, which fetch their first ones where blocks of the launch before are done: part of
   // the last round's idle time that is not lost for that, and cycles that clusters lose, whose blocks start together.
-  double flow_hidden_fraction = 0.4;
-  double flow_cluster_cycles = 2200;
+  double flow_hidden_fraction = 0.2871;
+  double flow_cluster_cycles = 2185;
   // Of launches without constant weights, microseconds that other tiles lose more: each of their blocks starts with
-  // empty rings. Measured apart, for a sweep is of launches with them.
-  double flow_unpromised_us = 1;
+  // empty rings.
+  double flow_unpromised_us = 0.5108;
   // part of the memory bus's rate, and the order of the norm that joins the bytes' time with the multiprocessors'
-  double flow_bandwidth_fraction = 2.072;
-  double flow_bandwidth_norm = 1.223;
+  double flow_bandwidth_fraction = 1.239;
+  double flow_bandwidth_norm = 2.357;
   // cycles of a launch
-  double flow_launch_cycles = 818.8;
+  double flow_launch_cycles = 1776;
 };
 
 inline constexpr Sm90Model kSm90Model{};
@@ -142,6 +146,8 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"warp_group_octet_latency", &Sm90Model::warp_group_octet_latency},
     {"ahead_fraction", &Sm90Model::ahead_fraction},
     {"ahead_unfit_fraction", &Sm90Model::ahead_unfit_fraction},
+    {"two_rings_fraction", &Sm90Model::two_rings_fraction},
+    {"four_warps_fraction", &Sm90Model::four_warps_fraction},
     {"warp_dequant_fraction", &Sm90Model::warp_dequant_fraction},
     {"stage_latency_per_token", &Sm90Model::stage_latency_per_token},
     {"shared_ring_fraction", &Sm90Model::shared_ring_fraction},
@@ -158,6 +164,8 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"depth_cluster_per_block", &Sm90Model::depth_cluster_per_block},
     {"depth_exchange_bytes_per_cycle", &Sm90Model::depth_exchange_bytes_per_cycle},
     {"depth_unpromised_us", &Sm90Model::depth_unpromised_us},
+    {"two_rings_unpromised_us", &Sm90Model::two_rings_unpromised_us},
+    {"four_warps_unpromised_us", &Sm90Model::four_warps_unpromised_us},
     {"reduction_bytes_per_cycle", &Sm90Model::reduction_bytes_per_cycle},
     {"apart_bytes_per_cycle", &Sm90Model::apart_bytes_per_cycle},
     {"warp_apart_bytes_per_cycle", &Sm90Model::warp_apart_bytes_per_cycle},

@@ -161,7 +161,7 @@ struct Sm90Tile {
   // Whether there is a kernel that quantises its activations, and the shared memory that it needs besides: the int8
   // rows of a block's stages (and what wgmma reads of eight rows where there are fewer), the tokens' scales and a
   // largest magnitude a warp, and the alignment of the rows.
-  constexpr bool can_quantize() const { return depth_split() && blocks > 1 && tokens == 8; }
+  constexpr bool can_quantize() const { return depth_split() && blocks > 1 && tokens == 8 && warpgroups > 1; }
   static constexpr int quantized_vectors() { return 8; }  // of 8 elements, that a thread keeps in registers
   // Warps that share a token: all, halved until every token has one.
   constexpr int token_warps(int64_t num_tokens) const {
@@ -185,6 +185,12 @@ inline constexpr Sm90Tile kSm90Tiles[] = {
     {"warp16",     4,  16, Cooperation::kWarp,     2,  4, 1},
     {"warp24",     4,  24, Cooperation::kWarp,     2,  3, 1},
     {"warp32",     4,  32, Cooperation::kWarp,     2,  3, 1},
+    // Four warps, and two blocks a multiprocessor: where tiles do not fill the device evenly, all blocks of the next
+    // launch find room beside those that are left.
+    {"pair8",      4,   8, Cooperation::kWarp,     1,  4, 2},
+    {"pair16",     4,  16, Cooperation::kWarp,     1,  4, 2},
+    {"pair24",     4,  24, Cooperation::kWarp,     1,  3, 2},
+    {"pair32",     4,  32, Cooperation::kWarp,     1,  3, 2},
     // Narrow: 64 features and all of the inputs, so that most layers need no split; a ring of three to ten stages a
     // warpgroup keeps 200 KB on their way.
     {"narrow8",    1,   8, Cooperation::kDepth,    4, 10, 1},

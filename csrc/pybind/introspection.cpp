@@ -70,9 +70,9 @@ plan::Problem checked_problem(int64_t num_tokens, int64_t out_features, int64_t 
 }
 
 // As tune_planner.py measures it.
-plan::Problem swept_problem(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size) {
-  return checked_problem(num_tokens, out_features, in_features, group_size, /*quantizes=*/false,
-                         /*constant_weights=*/true);
+plan::Problem swept_problem(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
+                            bool constant_weights) {
+  return checked_problem(num_tokens, out_features, in_features, group_size, /*quantizes=*/false, constant_weights);
 }
 
 plan::Family family_of(const std::string& name) {
@@ -123,9 +123,10 @@ plan::Sm90Model sm90_model_with(const std::map<std::string, double>& values) {
 
 std::vector<plan::Plan> sm90_candidates(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
                                         const plan::DeviceProperties& device,
-                                        const std::map<std::string, double>& model) {
-  std::vector<plan::Plan> plans = plan::sm90_candidates(
-      swept_problem(num_tokens, out_features, in_features, group_size), device, sm90_model_with(model));
+                                        const std::map<std::string, double>& model, bool constant_weights) {
+  std::vector<plan::Plan> plans =
+      plan::sm90_candidates(swept_problem(num_tokens, out_features, in_features, group_size, constant_weights), device,
+                            sm90_model_with(model));
   std::stable_sort(plans.begin(), plans.end(),
                    [](const plan::Plan& a, const plan::Plan& b) { return a.estimated_us < b.estimated_us; });
   return plans;
@@ -136,8 +137,9 @@ class Sm90Estimator {
  public:
   // Adds candidates of a problem by their names. Returns their texts; "": no such candidate, not added.
   std::vector<std::string> add(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
-                               const plan::DeviceProperties& device, const std::vector<std::string>& names) {
-    const plan::Problem problem = swept_problem(num_tokens, out_features, in_features, group_size);
+                               const plan::DeviceProperties& device, const std::vector<std::string>& names,
+                               bool constant_weights) {
+    const plan::Problem problem = swept_problem(num_tokens, out_features, in_features, group_size, constant_weights);
     std::map<std::string, plan::Plan> plans;
     for (const plan::Plan& plan : plan::sm90_candidates(problem, device)) plans[plan::candidate_name(plan)] = plan;
     std::vector<std::string> texts;
@@ -182,7 +184,7 @@ PYBIND11_MODULE(_introspection, module) {
       .def_readonly("tile_name", &plan::Plan::tile_name)
       .def_readonly("tile_tokens", &plan::Plan::tile_tokens)
       .def_readonly("tile_features", &plan::Plan::tile_features)
-      .def_readonly("stages", &plan::Plan::stages)
+      .def_readonly("stages", &plan::Plan::stages, "of the shared-memory pipeline that are used")
       .def_readonly("split", &plan::Plan::split, "blocks that share one output tile (sm90: of one cluster)")
       .def_readonly("scratch_split", &plan::Plan::scratch_split, "clusters that share one output tile (sm90)")
       .def_readonly("whole_rounds", &plan::Plan::whole_rounds,
@@ -228,7 +230,7 @@ PYBIND11_MODULE(_introspection, module) {
   py::class_<Sm90Estimator>(module, "Sm90Estimator", "Candidates of many problems, whose times one call estimates.")
       .def(py::init<>())
       .def("add", &Sm90Estimator::add, py::arg("num_tokens"), py::arg("out_features"), py::arg("in_features"),
-           py::arg("group_size"), py::arg("device"), py::arg("names"))
+           py::arg("group_size"), py::arg("device"), py::arg("names"), py::arg("constant_weights") = true)
       .def("estimate", &Sm90Estimator::estimate, py::arg("model"));
 
   module.def("plan", &make_plan, py::arg("num_tokens"), py::arg("out_features"), py::arg("in_features"),
@@ -242,6 +244,7 @@ PYBIND11_MODULE(_introspection, module) {
   module.def("sm90_model", &sm90_model, "the Hopper cost model's constants (csrc/plan/sm90_model.h)");
   module.def("sm90_candidates", &sm90_candidates, py::arg("num_tokens"), py::arg("out_features"),
              py::arg("in_features"), py::arg("group_size"), py::arg("device"), py::arg("model"),
+             py::arg("constant_weights") = true,
              "candidates by a model whose constants are replaced by those in the dictionary, best first");
   module.def("build_info", [] { return BuildInfo{}; });
 }

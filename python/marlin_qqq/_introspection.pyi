@@ -87,6 +87,7 @@ class Sm90Estimator:
         group_size: int,
         device: DeviceProperties,
         names: list[str],
+        constant_weights: bool = True,
     ) -> list[str]: ...
     def estimate(self, model: dict[str, float]) -> list[float]: ...
 
@@ -122,5 +123,6 @@ def sm90_candidates(
     group_size: int,
     device: DeviceProperties,
     model: dict[str, float],
+    constant_weights: bool = True,
 ) -> list[Plan]: ...
 def build_info() -> BuildInfo: ...

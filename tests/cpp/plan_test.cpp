@@ -55,7 +55,10 @@ void expect_runnable(const Plan& plan, const Problem& problem, const DevicePrope
       found = true;
       EXPECT_EQ(row.tile_tokens, plan.tile_tokens);
       EXPECT_EQ(row.tile_features, plan.tile_features);
-      EXPECT_EQ(row.stages, plan.stages);
+      EXPECT_LE(plan.stages, row.stages);  // a Hopper launch may use a part of them
+      if (plan.family == Family::kSm80) {
+        EXPECT_EQ(plan.stages, row.stages);
+      }
       EXPECT_EQ(row.threads, plan.threads);
     }
   }
@@ -378,9 +381,15 @@ TEST(Sm90Candidates, RingsFlowOnWhereThereAreMoreTilesThanMultiprocessors) {
 TEST(Sm90Candidates, ConstantWeightsMakeUpForAnUnevenLastRound) {
   const DeviceProperties device = plan::reference_device("sm_90");
   Problem problem{8, 12288, 4096, -1};
-  EXPECT_EQ(plan::candidate_name(plan::make_plan(problem, device)), "flow8/2x1/1");
+  const auto best_flow = [&] {
+    for (const Plan& candidate : plan::candidates(problem, device)) {
+      if (candidate.tile_name == "flow8") return plan::candidate_name(candidate);
+    }
+    return std::string("none");
+  };
+  EXPECT_EQ(best_flow(), "flow8/2x1/1");
   problem.constant_weights = true;
-  EXPECT_EQ(plan::candidate_name(plan::make_plan(problem, device)), "flow8/1x1/1");
+  EXPECT_EQ(best_flow(), "flow8/1x1/1");
 }
 
 TEST(Sm90Candidates, LongProductsTakeNoTurnsAtSmallTiles) {
@@ -484,21 +493,54 @@ TEST(Plan, LeavesRoomForAnotherLaunchWhereAQuarterOfTheDeviceIsFree) {
   EXPECT_FALSE(plan.leaves_half());
 }
 
-TEST(Sm90Model, ClustersOfRingsOfTheirOwnCostMoreWithoutConstantWeights) {
+TEST(Sm90Model, WhatRingsOfTheirOwnCostWithoutConstantWeights) {
   const DeviceProperties device = plan::reference_device("sm_90");
   plan::Sm90Model free;
-  free.depth_unpromised_us = 0;
+  free.depth_unpromised_us = free.two_rings_unpromised_us = free.four_warps_unpromised_us = 0;
+  const plan::Sm90Model& model = plan::kSm90Model;
   for (const bool constant_weights : {false, true}) {
     const Problem problem = {16, 2048, 8192, 128, /*quantizes=*/false, constant_weights};
     for (const Plan& candidate : plan::sm90_candidates(problem, device)) {
-      const bool costs = plan::kSm90Tiles[candidate.tile].depth_split() && !constant_weights;
-      const double more = costs ? plan::kSm90Model.depth_unpromised_us * (candidate.split - 1) : 0;
-      EXPECT_NEAR(plan::sm90_estimated_us(problem, device, candidate, plan::kSm90Model) -
+      double more = 0;
+      if (!constant_weights && plan::kSm90Tiles[candidate.tile].depth_split()) {
+        more = model.depth_unpromised_us * (candidate.split - 1);
+        if (candidate.tile_name.starts_with("tall")) more -= model.two_rings_unpromised_us;
+        if (candidate.tile_name.starts_with("pair")) more -= model.four_warps_unpromised_us;
+      }
+      EXPECT_NEAR(plan::sm90_estimated_us(problem, device, candidate, model) -
                       plan::sm90_estimated_us(problem, device, candidate, free),
                   more, 1e-9)
           << plan::candidate_name(candidate);
     }
   }
+}
+
+TEST(Sm90UsedStages, AsManyAsKeepTheMemoryBusBusy) {
+  Plan plan;
+  plan.resident_blocks = 132;
+  int64_t in_features = 8192;
+  const auto stages = [&](std::string_view tile, int group_size, int grid = 128, bool constant_weights = false) {
+    plan.tile = plan::sm90_tile_index(tile);
+    plan.grid = grid;
+    return plan::sm90_used_stages({16, 8192, in_features, group_size, /*quantizes=*/false, constant_weights}, plan);
+  };
+  EXPECT_EQ(stages("narrow16", 128), 5) << "4 rings of 2 KB of activations, 4 KB of weights and 128 bytes of scales";
+  EXPECT_EQ(stages("narrow48", 128), 4);
+  EXPECT_EQ(stages("wide64", -1), 6) << "one ring of 8 and 16 KB";
+  EXPECT_EQ(stages("stream8", 128), 4) << "two blocks a multiprocessor";
+  EXPECT_EQ(stages("flow32", -1), 3) << "never two";
+  EXPECT_EQ(stages("narrow16", 128, 128, true), 8) << "constant weights";
+  in_features = 16384;
+  EXPECT_EQ(stages("narrow16", 128, 128, true), 5) << "32 stages a ring";
+  EXPECT_EQ(stages("narrow64", 128, 128, true), 4);
+  EXPECT_EQ(stages("stream16", -1, 128, true), 3);
+  EXPECT_EQ(stages("warp16", 128, 128, true), 4) << "16 stages a ring";
+  EXPECT_EQ(stages("narrow16", 128, 133), 8) << "a second round";
+  EXPECT_EQ(stages("wide64", -1, 133), 6) << "blocks that walk over tiles have but one";
+  EXPECT_EQ(stages("pingpong96", -1), 8);
+  EXPECT_EQ(stages("deep128", 128), 7);
+  plan.quantizes = true;
+  EXPECT_EQ(stages("quad8", 128), 5);
 }
 
 TEST(Sm90StagesAhead, WhereAnotherLaunchHasItsPartOfTheDevice) {

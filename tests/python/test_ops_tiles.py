@@ -56,7 +56,7 @@ def test_stages_dequantised_before_the_wait(monkeypatch, group_size, num_tokens,
     expected = marlin_qqq_gemm(*problem.arguments).cuda()
     expected_linear = marlin_qqq_linear(x, *weights).cuda()
     on_gpu, x, weights = problem.to("cuda"), x.cuda(), [weight.cuda() for weight in weights]
-    for tile in sorted({f"warp{-(-num_tokens // 8) * 8}", "warp32"}):
+    for tile in sorted({f"warp{-(-num_tokens // 8) * 8}", f"pair{-(-num_tokens // 8) * 8}", "warp32"}):
         for split in (1, 2):
             monkeypatch.setenv("MARLIN_QQQ_TILE", tile)
             monkeypatch.setenv("MARLIN_QQQ_SPLIT", str(split))
@@ -65,6 +65,21 @@ def test_stages_dequantised_before_the_wait(monkeypatch, group_size, num_tokens,
                 assert reference.same_bits(got, expected), (tile, split)
                 got = marlin_qqq_linear(x, *weights, constant_weights=True)
                 assert reference.same_bits(got, expected_linear), (tile, split, "linear")
+
+
+# Without constant weights a launch uses a part of its rings' stages (plan::sm90_used_stages): each goes round several
+# times here, over 64 stages of inputs, also where blocks walk over tiles.
+@pytest.mark.parametrize("group_size", [128, -1])
+@pytest.mark.parametrize(
+    "num_tokens, out_features", [(1, 320), (16, 320), (29, 320), (48, 320), (90, 320), (20, 12352)]
+)
+def test_rings_that_use_a_part_of_their_stages(monkeypatch, group_size, num_tokens, out_features):
+    problem = reference.random_problem(num_tokens, out_features, 8192, group_size, seed=num_tokens)
+    expected = marlin_qqq_gemm(*problem.arguments).cuda()
+    on_gpu = problem.to("cuda")
+    for candidate in range(count_candidates(monkeypatch, on_gpu)):
+        monkeypatch.setenv("MARLIN_QQQ_CANDIDATE", str(candidate))
+        assert reference.same_bits(marlin_qqq_gemm(*on_gpu.arguments), expected), f"candidate {candidate}"
 
 
 # Token scales are the one argument that may start anywhere.

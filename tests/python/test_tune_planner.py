@@ -110,8 +110,9 @@ def test_a_sweep_is_saved_continued_and_read_by_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(tune_planner, "SECONDS_BETWEEN_SAVES", 0.0)
     path = tmp_path / "sweep.json"
 
-    def sweep():
-        return tune_planner.Sweep(tune_planner.SweepRunner(Settings(device="cpu", cpu_seconds=1e-4)), path)
+    def sweep(constant_weights=True):
+        runner = tune_planner.SweepRunner(Settings(device="cpu", cpu_seconds=1e-4))
+        return tune_planner.Sweep(runner, path, constant_weights)
 
     shape = Layer("128x256", 128, 256)
     first = sweep()
@@ -127,6 +128,16 @@ def test_a_sweep_is_saved_continued_and_read_by_fit(tmp_path, monkeypatch):
     objective = planner_fit.Objective(problems)
     assert (objective.num_gone, objective.num_changed) == (0, 0)
     assert objective.num_points == len(run.measurements)
+    assert "own choice" in sweep(constant_weights=False).measure((shape, 128, 3), 4)
+    assert sweep().measure((shape, 128, 3), 4) == "measured before"
+    problems = planner_fit.problems_of(load_run(path), "sweep.json")
+    assert [(problem.sizes[3], problem.constant_weights) for problem in problems] == [
+        (128, True),
+        (-1, True),
+        (128, False),
+    ]
+    text = "\n".join(planner_fit.report(planner_fit.Objective(problems), *[introspection.sm90_model()] * 2))
+    assert "1-16 raw" in text and "without promise" in problems[2].name
 
 
 def test_a_sweep_is_not_continued_on_another_gpu(tmp_path, monkeypatch):
@@ -258,7 +269,7 @@ def test_the_fit_command_writes_the_header(tmp_path, monkeypatch, capsys):
     for num_tokens in (1, 64, 300):
         problem = timed_problem(truth, num_tokens, 4096, 4096, -1)
         for name, plan, us in zip(problem.names, problem.plans, problem.times, strict=True):
-            row = Measurement("gemm", planner_fit.PREFIX + name, num_tokens, 4096, 4096, -1, median_us=us)
+            row = Measurement("gemm", planner_fit.PREFIXES[True] + name, num_tokens, 4096, 4096, -1, median_us=us)
             run.measurements.append(dataclasses.replace(row, extra={"plan": plan}))
     sweep, header = tmp_path / "sweep.json", tmp_path / "sm90_model.h"
     sweep.write_text(run.to_json())

@@ -58,6 +58,9 @@ struct Config {
   static constexpr int kStagesAhead = kVariant != Variant::kPlain ? kTile.stages_ahead(kGrouped) : 0;
   static constexpr bool kSharedAhead = kGrouped && kWarpRings && kStagesAhead > 0;
 
+  // Whether a launch uses all stages of its rings (else Parameters::used_stages says how many).
+  static constexpr bool kUsesAllStages = kVariant != Variant::kPlain || kPingpong;
+
   static constexpr int kStoreTokens = kTile.store_tokens();  // rows of an output staging chunk
   static constexpr int kChunks = kTile.store_chunks();
   static constexpr int kStoreRows = kTile.store_rows();  // of one copy
@@ -140,6 +143,8 @@ struct Parameters {
   bool early_into_ring;
   bool dequantizes_early;  // and waits for them, to dequantise them (Config::kStagesAhead) before the wait:
   int early_in_flight;     // then a ring has so many of them on their way at a time
+
+  int used_stages;  // of a ring: what it has on its way at a time
 
   int activation_rows;   // tokens of a stage that a block loads, and bytes of those that the cluster's blocks load for
   int activation_bytes;  // each other: no more than the tokens there are

@@ -34,6 +34,18 @@ struct Ring {
   __device__ __forceinline__ uint32_t early_weights(int stage) const { return empty(stage); }
 };
 
+// Of a ring, by this launch.
+template <class C>
+__device__ __forceinline__ int used_stages(const Parameters& p) {
+  if constexpr (C::kUsesAllStages) return C::kStages;
+  return p.used_stages;
+}
+
+template <class C>
+__device__ __forceinline__ RingPosition<C::kStages> ring_begin(const Parameters& p) {
+  return {0, 0, used_stages<C>(p)};
+}
+
 // Tensor maps and barriers, before the first copy: of the whole block by one of its threads, or, where rings are their
 // readers' own, of a ring by the thread that fills it, which may start to before the block's threads have met. (More
 // threads are slower: each one's fence costs more than all the initialisations.)
@@ -170,7 +182,7 @@ struct RingFill {
       : p(p),
         ring(ring),
         tile(tile),
-        stages(min(tile.stage_end - tile.stage_begin, C::kStages)),
+        stages(min(tile.stage_end - tile.stage_begin, used_stages<C>(p))),
         fetched_early(static_cast<int>(blockIdx.x) < p.early_blocks ? min(p.early_stages, stages) : 0),
         in_ring(p.early_into_ring ? fetched_early : 0),
         awaited(C::kStagesAhead > 0 && p.dequantizes_early ? in_ring : 0) {}
@@ -224,7 +236,7 @@ __device__ __forceinline__ void produce(const Parameters& p, const Ring<C>& ring
   fill.early();
   wait_for_previous_kernel();
   fill.rest(multicast);
-  RingPosition<C::kStages> position;
+  auto position = ring_begin<C>(p);
   position.skip(fill.stages);
   int block = tile.stage_begin + fill.stages;
   do {

@@ -49,7 +49,7 @@ struct FlowFill {
   __device__ __forceinline__ void rest() const {
     Position at = first;
 #pragma unroll 1
-    for (int i = 0; i < C::kStages && !at.at_end(tiles); ++i) {
+    for (int i = 0; i < used_stages<C>(p) && !at.at_end(tiles); ++i) {
       if (!p.early_into_ring || i >= p.early_stages) load_weights<C>(p, ring, i, work_tile(at), at.stage);
       load_activations<C>(p, ring, i, work_tile(at), at.stage, {1, 0, 0, 0});
       at.advance(tiles);
@@ -59,7 +59,7 @@ struct FlowFill {
   // By all threads of the warp.
   __device__ __forceinline__ void skip_first() {
 #pragma unroll 1
-    for (int i = 0; i < C::kStages; ++i) next.advance(tiles);
+    for (int i = 0; i < used_stages<C>(p); ++i) next.advance(tiles);
   }
 
   __device__ __forceinline__ void refill(int stage) {
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) flow_kernel(cons
   const uint32_t piece = lane / 8;
   WarpTokens<C> tokens;
   WarpWords<C> words(ring, reader);
-  RingPosition<C::kStages> position;
+  auto position = ring_begin<C>(p);
   uint32_t tile_sums = shared + C::kSumOffset;
   uint32_t other_sums = tile_sums + C::kTile.sum_bytes();
   barrier_wait(ring.full(0), 0);

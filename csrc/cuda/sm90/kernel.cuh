@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
     const int ring_index = C::kWarpRings ? warp : C::kDepthSplit ? warpgroup : 0;
     auto ring = Ring<C>::of(shared, ring_index);
     auto next_tile = tile_walk();
-    RingPosition<C::kStages> position;
+    auto position = ring_begin<C>(p);
     WorkTile tile;
     tile.shared = false;
     int32_t sums[C::kBlocks][C::kTokens / 2];
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
         ring.barriers = __reduce_max_sync(~0u, ring.barriers);
       }
       if (tile.stage_begin < tile.stage_end) {
-        StageRefill<C> refill{p, ring, tile, tile.stage_begin + C::kStages, fills};
+        StageRefill<C> refill{p, ring, tile, tile.stage_begin + used_stages<C>(p), fills};
         const QuantizedTokens<C> quantized(p, shared);
         const auto rows = [&](int block, int stage) {
           if constexpr (C::kQuantizes) return quantized.row(block - whole.stage_begin, 0);
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) gemm_kernel(cons
         };
         if constexpr (C::kWarpRings) {
           const int last_token = C::kQuantizes ? p.num_tokens - 1 : C::kTokens - 1;
-          consume_in_warp<C>(ring, tile, lane, reader, ahead, rows, last_token, refill, sums);
+          consume_in_warp<C>(ring, position, tile, lane, reader, ahead, rows, last_token, refill, sums);
         } else {
           const auto no_turn = [] {};
           consume<C>(ring, position, tile, reader, ahead, rows, refill, no_turn, sums);

@@ -56,7 +56,7 @@ cudaError_t allow_shared_memory_of(int tile, bool grouped, Variant variant) {
 // but it is in the way of that kernel's last loads and of a quantisation between the two, which the product then waits
 // for. Measured on an H100, none to seven stages, with and without a quantisation, on 18 layers from 1 to 256 tokens.
 int early_stages(const plan::Sm90Tile& tile, const plan::Plan& plan, const plan::Problem& problem,
-                 bool dequantizes_early) {
+                 const Parameters& p) {
   const bool grouped = problem.group_size > 0;
   if (!tile.depth_split() && problem.num_tokens <= 64) return 5;
   if (!problem.constant_weights) {
@@ -64,11 +64,11 @@ int early_stages(const plan::Sm90Tile& tile, const plan::Plan& plan, const plan:
     // The kernel before is on the rest of the device, fetching weights of its own at that moment.
     return plan.leaves_half() && !grouped ? 0 : 1;
   }
-  if (dequantizes_early) return tile.warp_rings() ? tile.stages : tile.stages_ahead(grouped);
+  if (p.dequantizes_early) return tile.warp_rings() ? tile.stages : tile.stages_ahead(grouped);
   // The last stage of a ring is left, for its weights would stand in front of the first activations.
-  if (problem.num_tokens <= 32) return std::min(tile.stages - 1, grouped && tile.blocks_per_sm == 1 ? 3 : 4);
+  if (problem.num_tokens <= 32) return std::min(p.used_stages - 1, grouped && tile.blocks_per_sm == 1 ? 3 : 4);
   if (grouped || problem.num_tokens > 96) return 2;
-  return std::min(plan.leaves_room() ? tile.stages : tile.stages - 1, 4);
+  return std::min(plan.leaves_room() ? p.used_stages : p.used_stages - 1, 4);
 }
 
 // How blocks that may start while the kernel before this one still runs fetch their first weights.
@@ -82,10 +82,11 @@ int early_stages(const plan::Sm90Tile& tile, const plan::Plan& plan, const plan:
 // own late holds up the launch after it: 4096x4096 per-channel 3.9 us in place of 3.1. (Per-channel there is less to do
 // between one stage and the next: of four stages of up to eight tokens two at a time are 1 to 7 % better than one.)
 void plan_early_fetch(Parameters& p, const plan::Sm90Tile& tile, const plan::Plan& plan, const plan::Problem& problem) {
+  p.used_stages = plan.stages;
   p.early_blocks = plan.resident_blocks;
   p.early_into_ring = problem.constant_weights;
   p.dequantizes_early = plan::sm90_stages_ahead(problem, plan) > 0;
-  p.early_stages = early_stages(tile, plan, problem, p.dequantizes_early);
+  p.early_stages = std::min(early_stages(tile, plan, problem, p), p.used_stages);
   const bool four = std::min<int64_t>(plan::sm90_ring_stages(problem, plan), tile.stages) >= 4;
   p.early_in_flight = four && tile.tokens == 8 && problem.group_size <= 0 ? 2 : 1;
 }

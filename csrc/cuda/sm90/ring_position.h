@@ -7,14 +7,15 @@
 
 namespace marlin_qqq::cuda::sm90 {
 
-// A place in a ring of kStages stages, and the parity of its barriers' current phase.
+// A place in a ring of kStages stages, of which the first `used` are, and the parity of its barriers' current phase.
 template <int kStages>
 struct RingPosition {
   int stage = 0;
   uint32_t phase = 0;
+  int used = kStages;
 
   MARLIN_QQQ_HOST_DEVICE void advance() {
-    if (++stage == kStages) {
+    if (++stage == used) {
       stage = 0;
       phase ^= 1;
     }
@@ -23,8 +24,8 @@ struct RingPosition {
   // As often as that.
   MARLIN_QQQ_HOST_DEVICE void skip(int stages) {
     stage += stages;
-    phase ^= static_cast<uint32_t>(stage / kStages % 2);
-    stage %= kStages;
+    phase ^= static_cast<uint32_t>(stage / used % 2);
+    stage %= used;
   }
 };
 

@@ -15,6 +15,7 @@ namespace marlin_qqq::cuda::sm90 {
 // holds all of the warp's inputs: the operands of a stage take the place of two stages' weights.
 template <class C>
 struct StagesAhead {
+  static_assert(!C::kSharedAhead || C::kStages - C::kStagesAhead <= C::kStages / 2, "see shared_operands");
   Operands<C> operands[C::kStagesAhead > 0 ? C::kStagesAhead : 1][kSteps];
   int count = 0;      // in registers,
   int in_shared = 0;  // then in shared memory

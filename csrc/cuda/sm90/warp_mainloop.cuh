@@ -82,9 +82,10 @@ struct WarpWords {
 // (lane % 4) + e. `token_rows(block, stage)` is where the int8 rows of the inputs' block `block` are, `last_token` the
 // last one of them. `stage_is_free(stage)` is called once for every stage that the warp has read.
 template <class C, class TokenRows, class StageIsFree>
-__device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, const WorkTile& tile, int lane,
-                                                const WeightReader<C>& reader, const StagesAhead<C>& ahead,
-                                                const TokenRows& token_rows, int last_token, StageIsFree& stage_is_free,
+__device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, RingPosition<C::kStages>& position,
+                                                const WorkTile& tile, int lane, const WeightReader<C>& reader,
+                                                const StagesAhead<C>& ahead, const TokenRows& token_rows,
+                                                int last_token, StageIsFree& stage_is_free,
                                                 int32_t (&sums)[C::kBlocks][C::kTokens / 2]) {
   static_assert(C::kBlocks == 4 && C::kFeatures == 64, "a warp takes the four chunks of one packed tile");
 #pragma unroll
@@ -95,7 +96,6 @@ __device__ __forceinline__ void consume_in_warp(const Ring<C>& ring, const WorkT
   const uint32_t token_row = min(lane % 8, last_token);
   const uint32_t piece = lane / 8;
   WarpTokens<C> tokens;
-  RingPosition<C::kStages> position;
 #pragma unroll
   for (int early = 0; early < C::kStagesAhead; ++early) {
     if (early >= ahead.count) break;
