@@ -38,9 +38,7 @@ struct Sm90Model {
   // part what is left where not all blocks of a launch find room beside the one before
   double ahead_fraction = 0.5205;
   double ahead_unfit_fraction = 0.2745;
-  // part of these cycles that a stage takes where half as many share a multiprocessor: the rings of two warpgroups in
-  // place of four, of four warps in place of eight
-  double two_rings_fraction = 1.001;
+  // part of these cycles that a stage takes where four warps share a block, of two on a multiprocessor
   double four_warps_fraction = 1.031;
   // what dequantisation costs such warps, against others
   double warp_dequant_fraction = 0.7832;
@@ -146,7 +144,6 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"warp_group_octet_latency", &Sm90Model::warp_group_octet_latency},
     {"ahead_fraction", &Sm90Model::ahead_fraction},
     {"ahead_unfit_fraction", &Sm90Model::ahead_unfit_fraction},
-    {"two_rings_fraction", &Sm90Model::two_rings_fraction},
     {"four_warps_fraction", &Sm90Model::four_warps_fraction},
     {"warp_dequant_fraction", &Sm90Model::warp_dequant_fraction},
     {"stage_latency_per_token", &Sm90Model::stage_latency_per_token},
