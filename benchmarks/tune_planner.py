@@ -4,8 +4,9 @@
     python benchmarks/tune_planner.py fit sweep.json --write          # anywhere; two minutes; then build again
 
 `measure` times the planner's best candidates, and one of each kind of tile, for a grid of shapes and batch sizes in
-both modes. It needs the CUDA library, not the introspection module, so any Python will do. A sweep that was cut short
-by its budget is continued by the same command.
+both modes, launched with constant weights, or, with --without-promise, as the op is by default; the fit takes both. It
+needs the CUDA library, not the introspection module, so any Python will do. A sweep that was cut short by its budget is
+continued by the same command.
 
 `fit` evaluates the planner's own formula, for which it needs the introspection module of this Python. It prints the
 loss (the time of the candidate ranked first over the fastest one's) before and after. Where it says that a problem's
