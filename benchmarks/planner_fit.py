@@ -181,7 +181,7 @@ class Objective:
         return table
 
 
-def problem_name(sizes: tuple[int, int, int, int], constant_weights: bool = True) -> str:
+def problem_name(sizes: tuple[int, int, int, int], constant_weights: bool) -> str:
     num_tokens, out_features, in_features, group_size = sizes
     mode = "g128" if group_size > 0 else "channel"
     return f"{out_features}x{in_features} M={num_tokens} {mode}{'' if constant_weights else ' without promise'}"

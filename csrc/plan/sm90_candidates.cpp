@@ -131,8 +131,7 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   const double group_latency = tile.warp_rings()
                                    ? model.warp_group_stage_latency + later_octets * model.warp_group_octet_latency
                                    : model.group_stage_latency + second_product * model.group_product_latency;
-  const bool four_warps = tile.warp_rings() && tile.rings() == 4;
-  const double rings_fraction = four_warps           ? model.four_warps_fraction
+  const double rings_fraction = tile.four_warps()    ? model.four_warps_fraction
                                 : tile.depth_split() ? 1.0
                                                      : model.shared_ring_fraction;
   const double latency =
@@ -195,7 +194,7 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   if (!problem.constant_weights && tile.depth_split()) {
     us += model.depth_unpromised_us * (plan.split - 1);
     if (tile.rings() == 2 && tile.blocks_per_sm == 1) us -= model.two_rings_unpromised_us;
-    if (four_warps) us -= model.four_warps_unpromised_us;
+    if (tile.four_warps()) us -= model.four_warps_unpromised_us;
   }
   return std::max(us + quantization, 0.1);
 }

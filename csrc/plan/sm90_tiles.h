@@ -60,6 +60,8 @@ struct Sm90Tile {
   // Bytes and shapes that follow from a row
   constexpr bool flows() const { return cooperation == Cooperation::kFlow; }
   constexpr bool warp_rings() const { return cooperation == Cooperation::kWarp || flows(); }
+  // Half as many warps as other such tiles, of two blocks a multiprocessor.
+  constexpr bool four_warps() const { return warp_rings() && warpgroups == 1; }
   constexpr bool pingpong() const { return cooperation == Cooperation::kPingpong; }
   constexpr bool takes_group_scales() const { return !pingpong(); }
   constexpr bool depth_split() const { return cooperation == Cooperation::kDepth || warp_rings(); }
@@ -160,8 +162,8 @@ struct Sm90Tile {
   }
   // Whether there is a kernel that quantises its activations, and the shared memory that it needs besides: the int8
   // rows of a block's stages (and what wgmma reads of eight rows where there are fewer), the tokens' scales and a
-  // largest magnitude a warp, and the alignment of the rows.
-  constexpr bool can_quantize() const { return depth_split() && blocks > 1 && tokens == 8 && warpgroups > 1; }
+  // largest magnitude a warp, and the alignment of the rows. Four warps would have registers for half a row only.
+  constexpr bool can_quantize() const { return depth_split() && blocks > 1 && tokens == 8 && !four_warps(); }
   static constexpr int quantized_vectors() { return 8; }  // of 8 elements, that a thread keeps in registers
   // Warps that share a token: all, halved until every token has one.
   constexpr int token_warps(int64_t num_tokens) const {
