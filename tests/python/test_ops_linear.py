@@ -225,6 +225,26 @@ def test_plans_of_kernels_that_quantise():
     assert not any(plan.quantizes for plan in marlin_qqq.candidates(1, 4096, 4096))
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "out_features", "in_features", "group_size", "quantizes"),
+    [
+        (1, 4096, 4096, -1, True),
+        (2, 4096, 4096, -1, True),
+        (1, 4096, 4096, 128, True),
+        (2, 4096, 4096, 128, False),  # level alone, a tenth of a decoder layer slower
+        (4, 2560, 2560, 128, True),
+        (1, 6144, 4096, 128, False),
+        (1, 28672, 4096, -1, True),
+    ],
+)
+def test_where_the_products_kernel_quantises(num_tokens, out_features, in_features, group_size, quantizes):
+    """As docs/kernel-sm90.md, "Quantisation inside the product", has it from measurements."""
+    plan = marlin_qqq.plan(
+        num_tokens, out_features, in_features, group_size, "sm_90", quantizes=True, constant_weights=True
+    )
+    assert plan.quantizes == quantizes, str(plan)
+
+
 # Kernels that quantise: every split, on the GPU
 
 

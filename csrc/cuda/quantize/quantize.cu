@@ -5,6 +5,7 @@
 
 #include "cuda/common/dependent_launch.cuh"
 #include "cuda/common/launch_dependent.h"
+#include "cuda/common/prefetch.cuh"
 #include "cuda/quantize/row_quantization.cuh"
 #include "format/divide_up.h"
 
@@ -31,14 +32,21 @@ __device__ __forceinline__ uint32_t row_maximum(uint32_t value) {
 template <class T, int kVectors>
 __global__ void __launch_bounds__(kMaxThreads)
     quantize_rows(const T* x, int64_t num_tokens, int64_t in_features, int64_t row_stride, int8_t* quantized,
-                  float* token_scale) {
+                  float* token_scale, bool prefetches) {
   constexpr int kElements = ElementVector<T>::kElements;
   allow_next_kernel();
-  wait_for_previous_kernel();
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool inside = token < num_tokens;
   const int vectors = static_cast<int>(in_features / kElements);
   const uint4* row = reinterpret_cast<const uint4*>(x + (inside ? token : 0) * row_stride);
+  if (prefetches) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int index = threadIdx.x + i * blockDim.x;
+      if (index < vectors) prefetch_to_l2(row + index);
+    }
+  }
+  wait_for_previous_kernel();
 
   uint4 values[kVectors];
   uint32_t largest = 0;
@@ -109,9 +117,12 @@ cudaError_t launch(const T* x, int64_t num_tokens, int64_t in_features, int64_t 
   const unsigned rows = std::max(1u, 128 / threads);
   const dim3 grid(static_cast<unsigned>(divide_up(num_tokens, rows)));
   const dim3 block(threads, rows);
+  // Rows that are not in L2 are on their way there before the kernel before has ended: up to a fifth of the time at 16
+  // to 256 tokens. Many long rows keep the memory bus busy as it is, and took between 8 % less and 10 % more.
+  const bool prefetches = num_tokens <= 192 || per_thread < 8;
   const auto run = [&](auto kernel) {
     return launch_dependent(kernel, grid, block, 0, 1, stream, x, num_tokens, in_features, row_stride, quantized,
-                            token_scale);
+                            token_scale, prefetches);
   };
   switch (per_thread) {
     case 2:
