@@ -76,11 +76,12 @@ int64_t sm90_ring_stages(const Problem& problem, const Plan& plan) {
 int sm90_used_stages(const Problem& problem, const Plan& plan) {
   constexpr int kFewest = 3;
   constexpr int kLongRing = 32;
+  constexpr int kLongWarpRing = 24;
   const Sm90Tile& tile = kSm90Tiles[plan.tile];
   const bool one_round = tile.walks() || plan.grid <= plan.resident_blocks;
   if (plan.quantizes || tile.pingpong() || tile.tokens > 112 || !one_round) return tile.stages;
-  const bool long_ring =
-      tile.depth_split() && !tile.warp_rings() && sm90_ring_stages(problem, plan) >= kLongRing && tile.tokens <= 48;
+  const bool long_ring = tile.depth_split() && !tile.flows() && tile.tokens <= 48 &&
+                         sm90_ring_stages(problem, plan) >= (tile.warp_rings() ? kLongWarpRing : kLongRing);
   if (problem.constant_weights && !long_ring) return tile.stages;
   const int scale_bytes = problem.group_size > 0 ? tile.scale_bytes() : 0;
   const int stage_bytes = tile.activation_bytes() + tile.weight_bytes() + scale_bytes;
@@ -195,9 +196,7 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
     const double sums = 8.0 * plan.scratch_split * static_cast<double>(problem.num_tokens) * problem.out_features;
     us += model.reduction_kernel_us + sums / model.scratch_bytes_per_us;
   }
-  if (tile.depth_split() && !tile.warp_rings() && tile.blocks_per_sm == 2) {
-    us += model.two_blocks_round_us * (last_waves - 1);
-  }
+  if (tile.blocks_per_sm == 2) us += model.two_blocks_round_us * (last_waves - 1);
   if (!problem.constant_weights && tile.depth_split()) {
     us += model.depth_unpromised_us * (plan.split - 1);
     if (tile.rings() == 2 && tile.blocks_per_sm == 1) us -= model.two_rings_unpromised_us;

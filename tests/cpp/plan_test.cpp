@@ -509,6 +509,27 @@ TEST(Sm90Model, WhatRingsOfTheirOwnCostWithoutConstantWeights) {
   }
 }
 
+TEST(Sm90Model, WhatALaterRoundOfTwoBlocksAMultiprocessorCosts) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  plan::Sm90Model free;
+  free.two_blocks_round_us = 0;
+  const auto rounds_after_the_first = [&](std::string_view tile, int64_t out_features) {
+    const Problem problem = {16, out_features, 4096, 128};
+    for (const Plan& candidate : plan::sm90_candidates(problem, device)) {
+      if (plan::candidate_name(candidate) != std::string(tile) + "/1x1/1") continue;
+      return (plan::sm90_estimated_us(problem, device, candidate, plan::kSm90Model) -
+              plan::sm90_estimated_us(problem, device, candidate, free)) /
+             plan::kSm90Model.two_blocks_round_us;
+    }
+    return -1.0;
+  };
+  EXPECT_NEAR(rounds_after_the_first("stream16", 128 * 264), 0, 1e-9);
+  EXPECT_NEAR(rounds_after_the_first("stream16", 128 * 265), 1, 1e-9);
+  EXPECT_NEAR(rounds_after_the_first("pair16", 64 * 264), 0, 1e-9);
+  EXPECT_NEAR(rounds_after_the_first("pair16", 64 * 529), 2, 1e-9);
+  EXPECT_NEAR(rounds_after_the_first("flow16", 64 * 529), 0, 1e-9) << "one block a multiprocessor";
+}
+
 TEST(Sm90UsedStages, AsManyAsKeepTheMemoryBusBusy) {
   Plan plan;
   plan.resident_blocks = 132;
@@ -529,6 +550,9 @@ TEST(Sm90UsedStages, AsManyAsKeepTheMemoryBusBusy) {
   EXPECT_EQ(stages("narrow64", 128, 128, true), 4);
   EXPECT_EQ(stages("stream16", -1, 128, true), 3);
   EXPECT_EQ(stages("warp16", 128, 128, true), 4) << "16 stages a ring";
+  in_features = 24576;
+  EXPECT_EQ(stages("warp16", 128, 128, true), 3) << "24 stages a ring";
+  EXPECT_EQ(stages("flow16", 128, 132, true), 4) << "whose rings flow on";
   EXPECT_EQ(stages("narrow16", 128, 133), 8) << "a second round";
   EXPECT_EQ(stages("wide64", -1, 133), 6) << "blocks that walk over tiles have but one";
   EXPECT_EQ(stages("pingpong96", -1), 8);
