@@ -199,6 +199,7 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   if (tile.blocks_per_sm == 2) us += model.two_blocks_round_us * (last_waves - 1);
   if (!problem.constant_weights && tile.depth_split()) {
     us += model.depth_unpromised_us * (plan.split - 1);
+    if (plan.split > 1 && !plan.leaves_room()) us += model.full_clusters_unpromised_us;
     if (tile.rings() == 2 && tile.blocks_per_sm == 1) us -= model.two_rings_unpromised_us;
     if (tile.four_warps()) us -= model.four_warps_unpromised_us;
   }

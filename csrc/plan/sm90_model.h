@@ -67,10 +67,11 @@ struct Sm90Model {
   double depth_cluster_cycles = 1261;
   double depth_cluster_per_block = 184.6;
   double depth_exchange_bytes_per_cycle = 80.36;
-  // Of launches without constant weights, microseconds more for every further block of such a cluster, and fewer where
-  // two warpgroups' rings, or four warps', share a block.
+  // Of launches without constant weights, microseconds more for every further block of such a cluster and where the
+  // clusters leave another launch no room, and fewer where two warpgroups' rings, or four warps', share a block.
   double depth_unpromised_us = 0.06058;
-  double two_rings_unpromised_us = 0.08399;
+  double full_clusters_unpromised_us = 0.1;
+  double two_rings_unpromised_us = 0.1172;
   double four_warps_unpromised_us = 0.1138;
   // Of two blocks a multiprocessor, microseconds more for every round after the first: its blocks start with empty
   // rings, on a part of the device.
@@ -113,7 +114,7 @@ struct Sm90Model {
   double flow_cluster_cycles = 2185;
   // Of launches without constant weights, microseconds that other tiles lose more: each of their blocks starts with
   // empty rings.
-  double flow_unpromised_us = 0.5061;
+  double flow_unpromised_us = 0.6;
   // part of the memory bus's rate, and the order of the norm that joins the bytes' time with the multiprocessors'
   double flow_bandwidth_fraction = 1.239;
   double flow_bandwidth_norm = 2.357;
@@ -164,6 +165,7 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"depth_cluster_per_block", &Sm90Model::depth_cluster_per_block},
     {"depth_exchange_bytes_per_cycle", &Sm90Model::depth_exchange_bytes_per_cycle},
     {"depth_unpromised_us", &Sm90Model::depth_unpromised_us},
+    {"full_clusters_unpromised_us", &Sm90Model::full_clusters_unpromised_us},
     {"two_rings_unpromised_us", &Sm90Model::two_rings_unpromised_us},
     {"four_warps_unpromised_us", &Sm90Model::four_warps_unpromised_us},
     {"two_blocks_round_us", &Sm90Model::two_blocks_round_us},

@@ -490,7 +490,8 @@ TEST(Plan, LeavesRoomForAnotherLaunchWhereAQuarterOfTheDeviceIsFree) {
 TEST(Sm90Model, WhatRingsOfTheirOwnCostWithoutConstantWeights) {
   const DeviceProperties device = plan::reference_device("sm_90");
   plan::Sm90Model free;
-  free.depth_unpromised_us = free.two_rings_unpromised_us = free.four_warps_unpromised_us = 0;
+  free.depth_unpromised_us = free.full_clusters_unpromised_us = free.two_rings_unpromised_us = 0;
+  free.four_warps_unpromised_us = 0;
   const plan::Sm90Model& model = plan::kSm90Model;
   for (const bool constant_weights : {false, true}) {
     const Problem problem = {16, 2048, 8192, 128, /*quantizes=*/false, constant_weights};
@@ -498,6 +499,7 @@ TEST(Sm90Model, WhatRingsOfTheirOwnCostWithoutConstantWeights) {
       double more = 0;
       if (!constant_weights && plan::kSm90Tiles[candidate.tile].depth_split()) {
         more = model.depth_unpromised_us * (candidate.split - 1);
+        if (candidate.split > 1 && !candidate.leaves_room()) more += model.full_clusters_unpromised_us;
         if (candidate.tile_name.starts_with("tall")) more -= model.two_rings_unpromised_us;
         if (candidate.tile_name.starts_with("pair")) more -= model.four_warps_unpromised_us;
       }
