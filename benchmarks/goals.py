@@ -43,10 +43,12 @@ class Goal:
             return None
         return (max if self.at_most else min)(self.places, key=lambda place: place.value)
 
+    def met_at(self, place: Place) -> bool:
+        return place.value <= self.bound if self.at_most else place.value >= self.bound
+
     @property
     def missed(self) -> list[Place]:
-        side = 1 if self.at_most else -1
-        return [place for place in self.places if side * (place.value - self.bound) > 0]
+        return [place for place in self.places if not self.met_at(place)]
 
     @property
     def num_met(self) -> int:

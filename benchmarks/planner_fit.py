@@ -119,11 +119,9 @@ class Objective:
         )
         # Every regime of M weighs the same, with constant weights and without, however many of its problems a sweep of
         # new tiles has added.
-        tokens = numpy.array([problem.sizes[0] for problem in self.problems])
-        promises = numpy.array([problem.constant_weights for problem in self.problems])
         for low, high in REGIMES:
             for promise in PREFIXES:
-                rows = (tokens >= low) & (tokens <= high) & (promises == promise)
+                rows = self.rows(low, high, promise)
                 if rows.any():
                     self.weights[rows] /= self.weights[rows].sum()
         self.evaluations = 0
@@ -174,6 +172,12 @@ class Objective:
             if best.name not in measured[problem.name, str(problem.device)]:
                 found.append(f"{problem.name}: {best.name}")
         return found
+
+    def rows(self, low: int, high: int, promise: bool | None) -> numpy.ndarray:
+        """Which problems have low..high tokens, with constant weights or without; None: both."""
+        return numpy.array(
+            [low <= p.sizes[0] <= high and promise in (None, p.constant_weights) for p in self.problems], dtype=bool
+        )
 
     def _table(self, values: Sequence[float]) -> numpy.ndarray:
         table = numpy.full(self.filled.shape, numpy.inf)
@@ -244,12 +248,10 @@ def fit(
 def report(objective: Objective, before: Model, after: Model) -> list[str]:
     """Mean and worst loss a regime of M, before and after."""
     old, new = objective.losses(before), objective.losses(after)
-    tokens = numpy.array([problem.sizes[0] for problem in objective.problems])
     lines = [f"{'M':>10} {'problems':>8}   {'before: mean':>12} {'worst':>7}   {'after: mean':>12} {'worst':>7}"]
-    promises = numpy.array([problem.constant_weights for problem in objective.problems])
     regimes = [(low, high, promise) for promise in PREFIXES for low, high in REGIMES]
     for low, high, promise in (*regimes, (1, 1 << 30, None)):
-        rows = (tokens >= low) & (tokens <= high) & ((promises == promise) | (promise is None))
+        rows = objective.rows(low, high, promise)
         if not rows.any():
             continue
         name = "all" if promise is None else f"{low}-{high}" if high < 1 << 30 else f"{low}-"

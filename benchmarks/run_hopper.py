@@ -27,10 +27,9 @@ from goals import judge, time_of
 from marlin_qqq._devices import check_device
 from marlin_qqq._files import write_text_atomically
 from marlin_qqq.bench.implementations import gemm_implementations
-from marlin_qqq.bench.implementations.layers import ChainedLinear, MarlinLinear
+from marlin_qqq.bench.implementations.layers import linear_implementations
 from marlin_qqq.bench.implementations.marlin import MarlinGemm
 from marlin_qqq.bench.implementations.quantize import quantize_implementations
-from marlin_qqq.bench.implementations.torch_baselines import ChainedRead
 from marlin_qqq.bench.presets import REFERENCE_SHAPES, Layer, parse_integers, parse_shape
 from marlin_qqq.bench.results import OURS, Measurement, Run
 from marlin_qqq.bench.runner import Runner, Settings
@@ -140,8 +139,7 @@ def main() -> int:
         runner.products(chosen, EXTRA_TOKENS, [*plain, *extras], operation="epilogue", should_stop=stop)
         session.finish_part("bias and bf16")
     if "linear" in parts:
-        parts_of_layer = (MarlinLinear, _gemm_alone, ChainedLinear, ChainedRead)
-        layers = [make(group) for group in GROUPS for make in parts_of_layer]
+        layers = linear_implementations(device, ["chain"], GROUPS)
         narrow = [shape for shape in shapes if shape.in_features <= 8192]
         runner.products(narrow, [1, 16, 32, 64], layers, operation="linear", should_stop=stop)
         session.finish_part("linear")
@@ -149,10 +147,6 @@ def main() -> int:
     print_summary(runner.run)
     print(f"{session.seconds():.0f} s, saved in {arguments.json.name}")
     return 1 if runner.run.num_wrong else 0
-
-
-def _gemm_alone(group_size: int) -> MarlinGemm:
-    return MarlinGemm("constant", group_size)
 
 
 def _compile_humming(shapes: list[Layer]) -> subprocess.Popen[str]:

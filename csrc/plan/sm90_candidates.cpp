@@ -83,8 +83,7 @@ int sm90_used_stages(const Problem& problem, const Plan& plan) {
   const bool long_ring = tile.depth_split() && !tile.flows() && tile.tokens <= 48 &&
                          sm90_ring_stages(problem, plan) >= (tile.warp_rings() ? kLongWarpRing : kLongRing);
   if (problem.constant_weights && !long_ring) return tile.stages;
-  const int scale_bytes = problem.group_size > 0 ? tile.scale_bytes() : 0;
-  const int stage_bytes = tile.activation_bytes() + tile.weight_bytes() + scale_bytes;
+  const int stage_bytes = tile.stage_bytes(problem.group_size > 0);
   const int bytes = (tile.tokens <= 32 ? 115 : 130) * 1024;
   const auto stages = static_cast<int>(divide_up(bytes, tile.blocks_per_sm * tile.rings() * stage_bytes));
   return std::min(std::max(stages, kFewest), tile.stages);

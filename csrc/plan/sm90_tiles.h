@@ -95,9 +95,11 @@ struct Sm90Tile {
   }
   constexpr int weight_bytes() const { return features() * 64; }
   constexpr int scale_bytes() const { return features() * 2; }
-  constexpr int ring_bytes() const {
-    return (stages * (activation_bytes() + weight_bytes() + scale_bytes()) + 1023) / 1024 * 1024;
+  constexpr int stage_bytes(bool grouped) const {
+    return activation_bytes() + weight_bytes() + (grouped ? scale_bytes() : 0);
   }
+  // With room for scales in both modes.
+  constexpr int ring_bytes() const { return (stages * stage_bytes(/*grouped=*/true) + 1023) / 1024 * 1024; }
   // A warp that only copies gets a warpgroup's worth of threads, so that it can hand registers over.
   constexpr int threads() const { return 128 * (warpgroups + (depth_split() ? 0 : 1)); }
   // Output staging: each warpgroup has room for `store_buffers` chunks of `store_tokens` rows; 64 features of two bytes
