@@ -539,7 +539,8 @@ def test_peers_that_cannot_run_give_their_reason():
     from marlin_qqq.bench.implementations.base import Context
 
     context = Context("cpu", torch.float16, l2_bytes=0)
-    for peer in (humming.HummingGemm(128), vllm.VllmQQQ(128), vllm.VllmScaledMm()):
+    reads = (PlainRead(128), ChainedRead(128))
+    for peer in (humming.HummingGemm(128), vllm.VllmQQQ(128), vllm.VllmScaledMm(), *reads):
         with pytest.raises(Unavailable, match="CUDA device"):
             peer.available(context)
     assert humming.compile_ahead([(64, 128)], [128], context) == "Humming needs a CUDA device"

@@ -198,6 +198,8 @@ class PlainRead(Implementation):
         self.read: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def available(self, context: Context) -> None:
+        if not context.device.startswith("cuda"):
+            raise Unavailable("a read kernel needs a CUDA device")
         try:
             import triton  # noqa: F401
         except ImportError:
