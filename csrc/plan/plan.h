@@ -21,6 +21,9 @@ struct Problem {
   // The caller promises that no kernel still running on the device writes the packed weights, their scales or the bias:
   // the product may then fetch them while the kernel before it drains.
   bool constant_weights = false;
+  // Kernels that let nothing start early run before and after the launch, as in a model a norm or attention does: it
+  // has the device to itself, and nothing of it is hidden by its neighbours (sm90).
+  bool standalone = false;
 
   bool is_empty() const { return num_tokens == 0 || out_features == 0 || in_features == 0; }
   bool operator==(const Problem&) const = default;

@@ -16,6 +16,22 @@ int cluster_slots(const DeviceProperties& device, int cluster_size, int blocks_p
   return device.clusters[cluster_size - 1] * blocks_per_sm;
 }
 
+// What the quantisation adds to a launch that stands alone, over a kernel of its own, in microseconds: as measured on
+// an H100 on 18 layers of 2 to 59 MB at 1 to 8 tokens, behind a kernel that lets nothing start early. The rows are
+// there when the launch begins, and their quantisation hides behind the first weights; a kernel of its own comes before
+// them.
+double standalone_quantization_us(const Problem& problem, const Plan& plan) {
+  if (!plan.quantizes) return 0;
+  const Sm90Tile& tile = kSm90Tiles[plan.tile];
+  const double row = static_cast<double>(problem.in_features) / 4096;
+  const auto tokens = static_cast<double>(problem.num_tokens);
+  const bool grouped = problem.group_size > 0;
+  if (tile.warp_rings()) return (grouped ? -0.9 : -1.15) + 0.08 * tokens;
+  if (tile.flows()) return grouped ? 0.05 : -0.75;
+  if (tile.blocks_per_sm == 1) return 0.5 + 0.3 * tokens * row;
+  return (grouped ? -0.8 : -1.0) + 0.17 * tokens * row;
+}
+
 // What the quantisation of its activations adds to a product, in microseconds: as measured on an H100, back to back in
 // a graph, on 21 layers of 8 to 117 MB at 1 to 8 tokens, and, where the two ways were level there, in rows of different
 // layers. There a product that quantises is late where the layer before leaves it little room, with group scales most:
@@ -42,6 +58,9 @@ double quantization_us(const Problem& problem, const DeviceProperties& device, c
   return half ? 0.5 : 0.7;
 }
 
+// Whether nothing of a launch's beginning is hidden: no weights are on their way while the launch before ends.
+bool is_exposed(const Problem& problem) { return !problem.constant_weights || problem.standalone; }
+
 // Of rings that flow on from tile to tile: they wait for the memory bus or for the fullest multiprocessor's work.
 double flow_us(const Problem& problem, const DeviceProperties& device, const Plan& plan, const Sm90Model& model) {
   const Sm90Tile& tile = kSm90Tiles[plan.tile];
@@ -55,7 +74,7 @@ double flow_us(const Problem& problem, const DeviceProperties& device, const Pla
   const double most_tiles = plan.split > 1 ? plan.whole_rounds + 1.0 / plan.split : std::ceil(tiles);
   const double tile_cycles = ring_stages * stage_cycles + model.flow_tile_cycles;
   double cycles = most_tiles * tile_cycles;
-  if (problem.constant_weights) {
+  if (!is_exposed(problem)) {
     cycles -= model.flow_hidden_fraction * (most_tiles - tiles) * tile_cycles;
     if (plan.split > 1) cycles += model.flow_cluster_cycles;
   }
@@ -63,7 +82,7 @@ double flow_us(const Problem& problem, const DeviceProperties& device, const Pla
   const double cycles_a_us = device.clock_ghz * 1e3;
   const double us =
       norm(cycles / cycles_a_us, bytes_us, model.flow_bandwidth_norm) + model.flow_launch_cycles / cycles_a_us;
-  return problem.constant_weights ? us : us - model.flow_unpromised_us;
+  return is_exposed(problem) ? us - model.flow_exposed_us : us;
 }
 
 }  // namespace
@@ -82,7 +101,9 @@ int sm90_used_stages(const Problem& problem, const Plan& plan) {
   if (plan.quantizes || tile.pingpong() || tile.tokens > 112 || !one_round) return tile.stages;
   const bool long_ring = tile.depth_split() && !tile.flows() && tile.tokens <= 48 &&
                          sm90_ring_stages(problem, plan) >= (tile.warp_rings() ? kLongWarpRing : kLongRing);
-  if (problem.constant_weights && !long_ring) return tile.stages;
+  const bool waits_for_weights =
+      problem.standalone && tile.tokens <= 32 && (problem.group_size > 0 || !has_few_weights(problem));
+  if (problem.constant_weights && !long_ring && !waits_for_weights) return tile.stages;
   const int stage_bytes = tile.stage_bytes(problem.group_size > 0);
   const int bytes = (tile.tokens <= 32 ? 115 : 130) * 1024;
   const auto stages = static_cast<int>(divide_up(bytes, tile.blocks_per_sm * tile.rings() * stage_bytes));
@@ -92,7 +113,8 @@ int sm90_used_stages(const Problem& problem, const Plan& plan) {
 int sm90_stages_ahead(const Problem& problem, const Plan& plan) {
   const Sm90Tile& tile = kSm90Tiles[plan.tile];
   const bool grouped = problem.group_size > 0;
-  if (!problem.constant_weights || !(tile.warp_rings() ? plan.leaves_room() : plan.leaves_half())) return 0;
+  if (!problem.constant_weights || problem.standalone) return 0;
+  if (!(tile.warp_rings() ? plan.leaves_room() : plan.leaves_half())) return 0;
   const int stages = tile.stages_ahead(grouped);
   const bool holds_all = sm90_ring_stages(problem, plan) <= tile.stages;
   return stages > 0 && grouped && tile.warp_rings() && holds_all ? tile.stages : stages;
@@ -106,7 +128,9 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   const bool grouped = problem.group_size > 0;
   const int cluster_size = plan.split * plan.multicast;
   const int total_split = plan.split * plan.scratch_split;
-  const double quantization = problem.quantizes ? quantization_us(problem, device, plan) : 0;
+  const double quantization = !problem.quantizes   ? 0
+                              : problem.standalone ? standalone_quantization_us(problem, plan)
+                                                   : quantization_us(problem, device, plan);
   if (tile.flows()) return flow_us(problem, device, plan, model) + quantization;
 
   const SliceCycles slice = {
@@ -145,7 +169,7 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   const auto ring_stages = static_cast<double>(sm90_ring_stages(problem, plan));
   // How much of another launch finds multiprocessors beside this one. Where its blocks do not all, the launch ends with
   // those that start late.
-  const bool counts = tile.blocks_per_sm == 1 || tile.warp_rings();
+  const bool counts = !problem.standalone && (tile.blocks_per_sm == 1 || tile.warp_rings());
   const bool fits_beside = counts && 2 * works <= slots;
   double beside = fits_beside ? 1.0 : 0.0;
   if (counts && !fits_beside && works < slots) {
@@ -196,17 +220,17 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
     us += model.reduction_kernel_us + sums / model.scratch_bytes_per_us;
   }
   if (tile.blocks_per_sm == 2) us += model.two_blocks_round_us * (last_waves - 1);
-  if (!problem.constant_weights && tile.depth_split()) {
-    us += model.depth_unpromised_us * (plan.split - 1);
-    if (plan.split > 1 && !plan.leaves_room()) us += model.full_clusters_unpromised_us;
-    if (tile.rings() == 2 && tile.blocks_per_sm == 1) us -= model.two_rings_unpromised_us;
-    if (tile.four_warps()) us -= model.four_warps_unpromised_us;
+  if (is_exposed(problem) && tile.depth_split()) {
+    us += model.depth_exposed_us * (plan.split - 1);
+    if (plan.split > 1 && !plan.leaves_room()) us += model.full_clusters_exposed_us;
+    if (tile.rings() == 2 && tile.blocks_per_sm == 1) us -= model.two_rings_exposed_us;
+    if (tile.four_warps()) us -= model.four_warps_exposed_us;
   }
   return std::max(us + quantization, 0.1);
 }
 
 std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties& device) {
-  return sm90_candidates(problem, device, kSm90Model);
+  return sm90_candidates(problem, device, sm90_model(problem.standalone));
 }
 
 std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties& device, const Sm90Model& model) {
@@ -274,6 +298,9 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
           const int64_t clusters = persistent ? std::min(works, slots) : works;
           if (clusters * cluster_size > kLargestExtent) continue;
           plan.grid = static_cast<int>(clusters * cluster_size);
+          // Two blocks a multiprocessor leave the next launch room; two of four warps each do no more than one of
+          // eight.
+          if (problem.standalone && tile.four_warps() && plan.grid > device.num_sms) continue;
           plan.resident_blocks = static_cast<int>(slots * cluster_size);
           plan.stages = sm90_used_stages(problem, plan);
           if (in_scratch) plan.scratch_bytes = 4 * plan.scratch_split * problem.num_tokens * problem.out_features;

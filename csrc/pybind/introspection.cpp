@@ -54,7 +54,7 @@ std::string to_string(const plan::TileDescription& tile) {
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument("plan: " + message); }
 
 plan::Problem checked_problem(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
-                              bool quantizes, bool constant_weights) {
+                              bool quantizes, bool constant_weights, bool standalone) {
   if (num_tokens < 0) refuse("num_tokens must be 0 or more, got " + std::to_string(num_tokens));
   if (out_features <= 0 || out_features % format::kOutFeaturesMultiple != 0) {
     refuse("out_features must be a positive multiple of 64, got " + std::to_string(out_features));
@@ -66,13 +66,14 @@ plan::Problem checked_problem(int64_t num_tokens, int64_t out_features, int64_t 
   if (group_size != format::kGroupSize && group_size != -1) {
     refuse("group_size must be 128 or -1 (per-channel), got " + std::to_string(group_size));
   }
-  return {num_tokens, out_features, in_features, group_size, quantizes, constant_weights};
+  return {num_tokens, out_features, in_features, group_size, quantizes, constant_weights, standalone};
 }
 
-// As tune_planner.py measures it.
+// As tune_planner.py measures it: launches that stand alone as parts of whole layers.
 plan::Problem swept_problem(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
-                            bool constant_weights) {
-  return checked_problem(num_tokens, out_features, in_features, group_size, /*quantizes=*/false, constant_weights);
+                            bool constant_weights, bool standalone) {
+  return checked_problem(num_tokens, out_features, in_features, group_size, /*quantizes=*/standalone, constant_weights,
+                         standalone);
 }
 
 plan::Family family_of(const std::string& name) {
@@ -85,24 +86,24 @@ plan::Family family_of(const std::string& name) {
 
 plan::Plan make_plan(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
                      const std::string& device, const std::string& tile, int split, const std::string& family,
-                     bool quantizes, bool constant_weights) {
+                     bool quantizes, bool constant_weights, bool standalone) {
   return plan::make_plan(
-      checked_problem(num_tokens, out_features, in_features, group_size, quantizes, constant_weights),
+      checked_problem(num_tokens, out_features, in_features, group_size, quantizes, constant_weights, standalone),
       plan::reference_device(device), tile, split, family_of(family));
 }
 
 std::vector<plan::Plan> candidates(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
                                    const std::string& device, const std::string& family, bool quantizes,
-                                   bool constant_weights) {
+                                   bool constant_weights, bool standalone) {
   return plan::candidates(
-      checked_problem(num_tokens, out_features, in_features, group_size, quantizes, constant_weights),
+      checked_problem(num_tokens, out_features, in_features, group_size, quantizes, constant_weights, standalone),
       plan::reference_device(device), family_of(family));
 }
 
-std::map<std::string, double> sm90_model() {
+std::map<std::string, double> sm90_model(bool standalone) {
   std::map<std::string, double> values;
   for (const plan::Sm90Constant& constant : plan::kSm90Constants) {
-    values[constant.name] = plan::kSm90Model.*constant.value;
+    values[constant.name] = plan::sm90_model(standalone).*constant.value;
   }
   return values;
 }
@@ -123,10 +124,11 @@ plan::Sm90Model sm90_model_with(const std::map<std::string, double>& values) {
 
 std::vector<plan::Plan> sm90_candidates(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
                                         const plan::DeviceProperties& device,
-                                        const std::map<std::string, double>& model, bool constant_weights) {
-  std::vector<plan::Plan> plans =
-      plan::sm90_candidates(swept_problem(num_tokens, out_features, in_features, group_size, constant_weights), device,
-                            sm90_model_with(model));
+                                        const std::map<std::string, double>& model, bool constant_weights,
+                                        bool standalone) {
+  std::vector<plan::Plan> plans = plan::sm90_candidates(
+      swept_problem(num_tokens, out_features, in_features, group_size, constant_weights, standalone), device,
+      sm90_model_with(model));
   std::stable_sort(plans.begin(), plans.end(),
                    [](const plan::Plan& a, const plan::Plan& b) { return a.estimated_us < b.estimated_us; });
   return plans;
@@ -138,8 +140,9 @@ class Sm90Estimator {
   // Adds candidates of a problem by their names. Returns their texts; "": no such candidate, not added.
   std::vector<std::string> add(int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size,
                                const plan::DeviceProperties& device, const std::vector<std::string>& names,
-                               bool constant_weights) {
-    const plan::Problem problem = swept_problem(num_tokens, out_features, in_features, group_size, constant_weights);
+                               bool constant_weights, bool standalone) {
+    const plan::Problem problem =
+        swept_problem(num_tokens, out_features, in_features, group_size, constant_weights, standalone);
     std::map<std::string, plan::Plan> plans;
     for (const plan::Plan& plan : plan::sm90_candidates(problem, device)) plans[plan::candidate_name(plan)] = plan;
     std::vector<std::string> texts;
@@ -230,21 +233,24 @@ PYBIND11_MODULE(_introspection, module) {
   py::class_<Sm90Estimator>(module, "Sm90Estimator", "Candidates of many problems, whose times one call estimates.")
       .def(py::init<>())
       .def("add", &Sm90Estimator::add, py::arg("num_tokens"), py::arg("out_features"), py::arg("in_features"),
-           py::arg("group_size"), py::arg("device"), py::arg("names"), py::arg("constant_weights") = true)
+           py::arg("group_size"), py::arg("device"), py::arg("names"), py::arg("constant_weights") = true,
+           py::arg("standalone") = false)
       .def("estimate", &Sm90Estimator::estimate, py::arg("model"));
 
   module.def("plan", &make_plan, py::arg("num_tokens"), py::arg("out_features"), py::arg("in_features"),
              py::arg("group_size") = 128, py::arg("device") = "sm_90", py::arg("tile") = "", py::arg("split") = 0,
-             py::arg("family") = "", py::arg("quantizes") = false, py::arg("constant_weights") = false);
+             py::arg("family") = "", py::arg("quantizes") = false, py::arg("constant_weights") = false,
+             py::arg("standalone") = false);
   module.def("candidates", &candidates, py::arg("num_tokens"), py::arg("out_features"), py::arg("in_features"),
              py::arg("group_size") = 128, py::arg("device") = "sm_90", py::arg("family") = "",
-             py::arg("quantizes") = false, py::arg("constant_weights") = false);
+             py::arg("quantizes") = false, py::arg("constant_weights") = false, py::arg("standalone") = false);
   module.def("tile_table", &plan::tile_table);
   module.def("reference_device", &plan::reference_device, py::arg("architecture"));
-  module.def("sm90_model", &sm90_model, "the Hopper cost model's constants (csrc/plan/sm90_model.h)");
+  module.def("sm90_model", &sm90_model, py::arg("standalone") = false,
+             "the Hopper cost model's constants (csrc/plan/sm90_model.h), or those of launches that stand alone");
   module.def("sm90_candidates", &sm90_candidates, py::arg("num_tokens"), py::arg("out_features"),
              py::arg("in_features"), py::arg("group_size"), py::arg("device"), py::arg("model"),
-             py::arg("constant_weights") = true,
+             py::arg("constant_weights") = true, py::arg("standalone") = false,
              "candidates by a model whose constants are replaced by those in the dictionary, best first");
   module.def("build_info", [] { return BuildInfo{}; });
 }

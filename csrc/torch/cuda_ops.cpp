@@ -14,6 +14,7 @@
 
 #include "cuda/gemm.h"
 #include "cuda/quantize/quantize.h"
+#include "cuda/stream_order.h"
 #include "plan/plan.h"
 #include "torch/arguments.h"
 
@@ -47,6 +48,17 @@ cudaStream_t current_stream(int32_t device_index) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(function(device_index, &stream));
   return static_cast<cudaStream_t>(stream);
+}
+
+bool is_set(const char* value) { return value != nullptr && *value != '\0'; }
+
+long integer(const char* name, const char* value, long minimum, long maximum) {
+  char* end = nullptr;
+  const long number = std::strtol(value, &end, 10);
+  if (*end != '\0' || number < minimum || number > maximum) {
+    fail("marlin_qqq_gemm", name, " must be an integer from ", minimum, " to ", maximum, ", got ", value);
+  }
+  return number;
 }
 
 // Environment overrides, for tuning and for tests; read on every call, so that a running process can change them.
@@ -88,19 +100,15 @@ struct PlanOverrides {
     return plan::make_plan(problem, device, is_set(tile) ? tile : "", split_override, family_override,
                            {"MARLIN_QQQ_TILE", "MARLIN_QQQ_SPLIT"});
   }
-
- private:
-  static bool is_set(const char* value) { return value != nullptr && *value != '\0'; }
-
-  static long integer(const char* name, const char* value, long minimum, long maximum) {
-    char* end = nullptr;
-    const long number = std::strtol(value, &end, 10);
-    if (*end != '\0' || number < minimum || number > maximum) {
-      fail("marlin_qqq_gemm", name, " must be an integer from ", minimum, " to ", maximum, ", got ", value);
-    }
-    return number;
-  }
 };
+
+// What the stream says (cuda/stream_order.h), unless MARLIN_QQQ_STANDALONE is set: 1, every launch stands alone; 0,
+// none.
+bool stands_alone(cudaStream_t stream) {
+  const char* standalone = std::getenv("MARLIN_QQQ_STANDALONE");
+  if (is_set(standalone)) return integer("MARLIN_QQQ_STANDALONE", standalone, 0, 1) == 1;
+  return cuda::stands_alone(stream);
+}
 
 // Plans of recent problems, one small direct-mapped table a thread: planning costs more than the launch itself, and a
 // model repeats a handful of problems. A colliding problem replaces the one before it.
@@ -109,13 +117,13 @@ class PlanCache {
   const plan::Plan& get(const plan::Problem& problem, int32_t device_index) {
     const PlanOverrides overrides;
     const std::string overrides_text = overrides.text();
-    const uint64_t hash =
-        mix(static_cast<uint64_t>(problem.num_tokens) * 0x9E3779B97F4A7C15u +
-            static_cast<uint64_t>(problem.out_features) * 0xC2B2AE3D27D4EB4Fu +
-            static_cast<uint64_t>(problem.in_features) * 0x165667B19E3779F9u +
-            static_cast<uint64_t>(4 * (problem.group_size + 2) + 2 * problem.quantizes + problem.constant_weights) *
-                0x27D4EB2F165667C5u +
-            static_cast<uint64_t>(device_index) + std::hash<std::string>()(overrides_text));
+    const uint64_t hash = mix(static_cast<uint64_t>(problem.num_tokens) * 0x9E3779B97F4A7C15u +
+                              static_cast<uint64_t>(problem.out_features) * 0xC2B2AE3D27D4EB4Fu +
+                              static_cast<uint64_t>(problem.in_features) * 0x165667B19E3779F9u +
+                              static_cast<uint64_t>(8 * (problem.group_size + 2) + 4 * problem.standalone +
+                                                    2 * problem.quantizes + problem.constant_weights) *
+                                  0x27D4EB2F165667C5u +
+                              static_cast<uint64_t>(device_index) + std::hash<std::string>()(overrides_text));
     Entry& entry = entries_[hash % entries_.size()];
     if (entry.device_index != device_index || entry.problem != problem || entry.overrides != overrides_text) {
       entry.device_index = -1;  // should planning throw
@@ -145,9 +153,10 @@ class PlanCache {
 // Plans and launches a product that has passed the checks.
 class Product {
  public:
-  Product(const char* op, const GemmCall& call, bool quantizes, bool constant_weights)
-      : op_(op), call_(call), problem_{call.num_tokens, call.out_features, call.in_features,
-                                       call.group_size, quantizes,         constant_weights} {
+  Product(const char* op, const GemmCall& call, bool quantizes, bool constant_weights, cudaStream_t stream)
+      : op_(op), call_(call), stream_(stream), problem_{call.num_tokens,     call.out_features, call.in_features,
+                                                        call.group_size,     quantizes,         constant_weights,
+                                                        stands_alone(stream)} {
     static thread_local PlanCache cache;
     plan_ = &cache.get(problem_, call.device_index);
   }
@@ -157,7 +166,10 @@ class Product {
   // Whether the kernel takes rows in place of int8 activations and their scales.
   bool takes_rows() const { return plan_->quantizes; }
 
-  void launch(const cuda::Rows& rows, const Tensor& output, cudaStream_t stream) const {
+  // What was planned with: the launch of the activations' quantisation is a part of this one's.
+  bool standalone() const { return problem_.standalone; }
+
+  void launch(const cuda::Rows& rows, const Tensor& output) const {
     // Freed on return, reused by torch only for work that is later on the same stream.
     std::optional<Tensor> scratch;
     if (plan_->scratch_bytes > 0) {
@@ -174,13 +186,15 @@ class Product {
         call_.output_is_bfloat16 ? cuda::OutputType::kBFloat16 : cuda::OutputType::kFloat16,
         rows,
     };
-    check_cuda(op_,
-               cuda::launch_gemm(*plan_, problem_, arguments, scratch ? scratch->mutable_data_ptr() : nullptr, stream));
+    check_cuda(
+        op_, cuda::launch_gemm(*plan_, problem_, arguments, scratch ? scratch->mutable_data_ptr() : nullptr, stream_));
+    if (plan_->family != plan::Family::kNone) cuda::remember_launch(stream_, /*standalone=*/false);
   }
 
  private:
   const char* op_;
   const GemmCall& call_;
+  cudaStream_t stream_;
   plan::Problem problem_;
   const plan::Plan* plan_;
 };
@@ -194,12 +208,12 @@ Tensor marlin_qqq_gemm_cuda(const Tensor& a, const Tensor& b_q_weight, const Ten
   const DeviceGuard guard(call.device_index);
   const Tensor output = call.empty_output();
   if (call.num_tokens == 0) return output;
-  Product("marlin_qqq_gemm", call, /*quantizes=*/false, constant_weights)
-      .launch({}, output, current_stream(call.device_index));
+  Product("marlin_qqq_gemm", call, /*quantizes=*/false, constant_weights, current_stream(call.device_index))
+      .launch({}, output);
   return output;
 }
 
-void quantize(const char* op, const QuantizeCall& call, cudaStream_t stream) {
+void quantize(const char* op, const QuantizeCall& call, bool standalone, cudaStream_t stream) {
   const TokenRows& rows = call.rows;
   if (rows.num_tokens == 0) return;
   const DtypeCodes& dtypes = dtype_codes();
@@ -210,12 +224,14 @@ void quantize(const char* op, const QuantizeCall& call, cudaStream_t stream) {
              cuda::launch_quantize_per_token(rows.x.const_data_ptr(), input_type, rows.num_tokens, rows.in_features,
                                              rows.row_stride, static_cast<int8_t*>(call.quantized.mutable_data_ptr()),
                                              static_cast<float*>(call.token_scale.mutable_data_ptr()), stream));
+  cuda::remember_launch(stream, standalone);
 }
 
 std::tuple<Tensor, Tensor> quantize_per_token_cuda(const Tensor& x) {
   const DeviceGuard guard(x.get_device_index());
   const QuantizeCall call = check_quantize_per_token(x);
-  quantize("quantize_per_token", call, current_stream(x.get_device_index()));
+  const cudaStream_t stream = current_stream(x.get_device_index());
+  quantize("quantize_per_token", call, stands_alone(stream), stream);
   return {call.quantized, call.token_scale};
 }
 
@@ -233,15 +249,15 @@ Tensor marlin_qqq_linear_cuda(const Tensor& x, const Tensor& b_q_weight, const T
   const cuda::Rows rows{call.rows.x.const_data_ptr(), call.rows.row_stride, call.rows.dtype == dtype_codes().bfloat16};
   const bool kernel_reads_rows = call.rows.dtype != dtype_codes().float32 &&
                                  reinterpret_cast<uintptr_t>(rows.x) % kAlignment == 0 && rows.stride % 8 == 0;
-  const Product product(op, gemm, kernel_reads_rows, constant_weights);
+  const Product product(op, gemm, kernel_reads_rows, constant_weights, stream);
   if (product.takes_rows()) {
-    product.launch(rows, output, stream);
+    product.launch(rows, output);
     return output;
   }
   const QuantizeCall activations(call.rows);
-  quantize(op, activations, stream);
+  quantize(op, activations, product.standalone(), stream);
   gemm.set_activations(activations);
-  product.launch({}, output, stream);
+  product.launch({}, output);
   return output;
 }
 

@@ -88,6 +88,7 @@ class Sm90Estimator:
         device: DeviceProperties,
         names: list[str],
         constant_weights: bool = True,
+        standalone: bool = False,
     ) -> list[str]: ...
     def estimate(self, model: dict[str, float]) -> list[float]: ...
 
@@ -102,6 +103,7 @@ def plan(
     family: str = "",
     quantizes: bool = False,
     constant_weights: bool = False,
+    standalone: bool = False,
 ) -> Plan: ...
 def candidates(
     num_tokens: int,
@@ -112,10 +114,11 @@ def candidates(
     family: str = "",
     quantizes: bool = False,
     constant_weights: bool = False,
+    standalone: bool = False,
 ) -> list[Plan]: ...
 def tile_table() -> list[TileDescription]: ...
 def reference_device(architecture: str) -> DeviceProperties: ...
-def sm90_model() -> dict[str, float]: ...
+def sm90_model(standalone: bool = False) -> dict[str, float]: ...
 def sm90_candidates(
     num_tokens: int,
     out_features: int,
@@ -124,5 +127,6 @@ def sm90_candidates(
     device: DeviceProperties,
     model: dict[str, float],
     constant_weights: bool = True,
+    standalone: bool = False,
 ) -> list[Plan]: ...
 def build_info() -> BuildInfo: ...

@@ -36,6 +36,7 @@ def plan(
     device: str = "sm_90",
     quantizes: bool = False,
     constant_weights: bool = False,
+    standalone: bool = False,
     **overrides: Any,
 ) -> Plan:
     """The launch that :func:`marlin_qqq.marlin_qqq_gemm` would make for a problem on a GPU.
@@ -49,6 +50,8 @@ def plan(
         quantizes: the launch of :func:`marlin_qqq.marlin_qqq_linear` instead, for fp16 or bf16 rows. The plan's own
             ``quantizes`` says whether the product's kernel quantises them, or a kernel before it does.
         constant_weights: as the op's argument.
+        standalone: whether the launch stands between kernels that let nothing start early, such as the norms of a model
+            in a captured CUDA graph, and not in a row of launches of this library (docs/kernel-sm90.md).
         overrides: ``tile`` (a name from :func:`tile_table` or a plan's ``name``), ``split`` and ``family``
             (``"sm80"``, ``"sm90"``), as the environment variables ``MARLIN_QQQ_TILE``, ``MARLIN_QQQ_SPLIT`` and
             ``MARLIN_QQQ_FAMILY``.
@@ -71,6 +74,7 @@ def plan(
         device,
         quantizes=quantizes,
         constant_weights=constant_weights,
+        standalone=standalone,
         **overrides,
     )
 
@@ -83,6 +87,7 @@ def candidates(
     device: str = "sm_90",
     quantizes: bool = False,
     constant_weights: bool = False,
+    standalone: bool = False,
 ) -> list[Plan]:
     """Every launch that could run a problem, the planner's favourite first. Arguments and errors as :func:`plan`."""
     return _module().candidates(
@@ -93,6 +98,7 @@ def candidates(
         device,
         quantizes=quantizes,
         constant_weights=constant_weights,
+        standalone=standalone,
     )
 
 

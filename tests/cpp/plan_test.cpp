@@ -490,18 +490,18 @@ TEST(Plan, LeavesRoomForAnotherLaunchWhereAQuarterOfTheDeviceIsFree) {
 TEST(Sm90Model, WhatRingsOfTheirOwnCostWithoutConstantWeights) {
   const DeviceProperties device = plan::reference_device("sm_90");
   plan::Sm90Model free;
-  free.depth_unpromised_us = free.full_clusters_unpromised_us = free.two_rings_unpromised_us = 0;
-  free.four_warps_unpromised_us = 0;
+  free.depth_exposed_us = free.full_clusters_exposed_us = free.two_rings_exposed_us = 0;
+  free.four_warps_exposed_us = 0;
   const plan::Sm90Model& model = plan::kSm90Model;
   for (const bool constant_weights : {false, true}) {
     const Problem problem = {16, 2048, 8192, 128, /*quantizes=*/false, constant_weights};
     for (const Plan& candidate : plan::sm90_candidates(problem, device)) {
       double more = 0;
       if (!constant_weights && plan::kSm90Tiles[candidate.tile].depth_split()) {
-        more = model.depth_unpromised_us * (candidate.split - 1);
-        if (candidate.split > 1 && !candidate.leaves_room()) more += model.full_clusters_unpromised_us;
-        if (candidate.tile_name.starts_with("tall")) more -= model.two_rings_unpromised_us;
-        if (candidate.tile_name.starts_with("pair")) more -= model.four_warps_unpromised_us;
+        more = model.depth_exposed_us * (candidate.split - 1);
+        if (candidate.split > 1 && !candidate.leaves_room()) more += model.full_clusters_exposed_us;
+        if (candidate.tile_name.starts_with("tall")) more -= model.two_rings_exposed_us;
+        if (candidate.tile_name.starts_with("pair")) more -= model.four_warps_exposed_us;
       }
       EXPECT_NEAR(plan::sm90_estimated_us(problem, device, candidate, model) -
                       plan::sm90_estimated_us(problem, device, candidate, free),
@@ -587,6 +587,79 @@ TEST(Sm90StagesAhead, WhereAnotherLaunchHasItsPartOfTheDevice) {
   EXPECT_EQ(stages("narrow32", 66, 128), 0) << "for so few tokens warps are better";
   EXPECT_EQ(stages("narrow96", 66, 128), 0) << "no room for a quantisation beside it";
   EXPECT_EQ(stages("deep64", 64, 128), 0) << "another warp fills its ring";
+}
+
+TEST(Standalone, NothingIsDequantisedForALaunchThatIsNotThere) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  Problem problem = {16, 4096, 4096, 128, /*quantizes=*/false, /*constant_weights=*/true};
+  const Plan overlapping = plan::make_plan(problem, device);
+  EXPECT_GT(plan::sm90_stages_ahead(problem, overlapping), 0);
+  problem.standalone = true;
+  EXPECT_EQ(plan::sm90_stages_ahead(problem, overlapping), 0);
+}
+
+TEST(Standalone, ItsCandidatesAreRankedByAModelOfTheirOwn) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  for (const bool quantizes : {false, true}) {
+    const Problem problem = {4, 2560, 4096, 128, quantizes, /*constant_weights=*/true, /*standalone=*/true};
+    const std::vector<Plan> plans = plan::sm90_candidates(problem, device);
+    ASSERT_FALSE(plans.empty());
+    for (const Plan& plan : plans) {
+      EXPECT_EQ(plan.estimated_us, plan::sm90_estimated_us(problem, device, plan, plan::kSm90StandaloneModel));
+    }
+  }
+}
+
+// What overlaps with a launch is none of its business then: neither room for the next one nor the promise counts.
+TEST(Standalone, WhatOverlapsDoesNotCount) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  plan::Sm90Model other = plan::kSm90StandaloneModel;
+  other.neighbour_cycles = other.unfit_fraction = other.ahead_fraction = other.flow_hidden_fraction = 0;
+  for (const int64_t num_tokens : {1, 16, 64, 500}) {
+    for (const int64_t out_features : {1024, 4096, 28672}) {
+      Problem problem = {num_tokens, out_features, 4096, -1, /*quantizes=*/false, /*constant_weights=*/true, true};
+      for (const Plan& plan : plan::sm90_candidates(problem, device)) {
+        EXPECT_EQ(plan.estimated_us, plan::sm90_estimated_us(problem, device, plan, other));
+        Problem unpromised = problem;
+        unpromised.constant_weights = false;
+        EXPECT_EQ(plan.estimated_us, plan::sm90_estimated_us(unpromised, device, plan, plan::kSm90StandaloneModel));
+      }
+    }
+  }
+}
+
+// Two blocks of four warps on a multiprocessor leave the next launch room; alone they do no more than one of eight.
+TEST(Standalone, PairTilesHaveAMultiprocessorEach) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  const auto largest_grid = [&](bool standalone) {
+    int grid = 0;
+    for (const int64_t out_features : {4096, 8192, 14336}) {
+      const Problem problem = {8, out_features, 4096, -1, false, /*constant_weights=*/true, standalone};
+      for (const Plan& plan : plan::sm90_candidates(problem, device)) {
+        if (plan.tile_name.starts_with("pair")) grid = std::max(grid, plan.grid);
+      }
+    }
+    return grid;
+  };
+  EXPECT_GT(largest_grid(false), device.num_sms);
+  EXPECT_GT(largest_grid(true), device.num_sms / 2);
+  EXPECT_LE(largest_grid(true), device.num_sms);
+}
+
+TEST(Standalone, StagesOnTheirWayAreLimitedUpTo32TokensButOfFewWeightsWithoutGroups) {
+  Plan plan;
+  plan.resident_blocks = 132;
+  plan.grid = 128;
+  const auto stages = [&](std::string_view tile, int64_t out_features, int group_size, bool standalone = true) {
+    plan.tile = plan::sm90_tile_index(tile);
+    return plan::sm90_used_stages({16, out_features, 4096, group_size, false, /*constant_weights=*/true, standalone},
+                                  plan);
+  };
+  EXPECT_EQ(stages("narrow16", 4096, 128, false), 8);
+  EXPECT_EQ(stages("narrow16", 4096, 128), 5);
+  EXPECT_EQ(stages("narrow16", 4096, -1), 8) << "8 MB per-channel";
+  EXPECT_EQ(stages("narrow16", 8192, -1), 5) << "17 MB";
+  EXPECT_EQ(stages("narrow48", 8192, 128), stages("narrow48", 8192, 128, false));
 }
 
 TEST(Sm90Tile, TheRowsThatAreLoadedHoldTheTokensAndStayInTheTile) {

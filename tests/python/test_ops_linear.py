@@ -245,6 +245,24 @@ def test_where_the_products_kernel_quantises(num_tokens, out_features, in_featur
     assert plan.quantizes == quantizes, str(plan)
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "out_features", "in_features", "group_size", "quantizes"),
+    [
+        (1, 4096, 4096, -1, True),
+        (4, 4096, 4096, -1, True),
+        (8, 4096, 4096, -1, False),
+        (2, 4096, 4096, 128, True),
+        (1, 6144, 4096, 128, True),
+        (2, 10240, 8192, -1, True),
+        (4, 7168, 8192, 128, False),
+    ],
+)
+def test_where_it_does_between_other_kernels(num_tokens, out_features, in_features, group_size, quantizes):
+    sizes = (num_tokens, out_features, in_features, group_size)
+    plan = marlin_qqq.plan(*sizes, "sm_90", quantizes=True, constant_weights=True, standalone=True)
+    assert plan.quantizes == quantizes, str(plan)
+
+
 # Kernels that quantise: every split, on the GPU
 
 
@@ -267,7 +285,8 @@ def test_every_quantizing_launch_has_the_bits_of_the_two_ops(monkeypatch, dtype,
         expected = two_ops(x, *tensors, bias=bias)
         for tile, split in itertools.product(launched, ("1x1", "2x1", "3x1", "5x1", "8x1", "1x2", "1x3", "1x16")):
             monkeypatch.setenv("MARLIN_QQQ_TILE", f"{tile}/{split}/1/quantizing")
-            for constant_weights in (False, True):
+            for constant_weights, standalone in ((False, "0"), (True, "0"), (True, "1")):
+                monkeypatch.setenv("MARLIN_QQQ_STANDALONE", standalone)
                 try:
                     got = marlin_qqq_linear(x, *tensors, bias=bias, constant_weights=constant_weights)
                 except ValueError as error:
@@ -276,8 +295,9 @@ def test_every_quantizing_launch_has_the_bits_of_the_two_ops(monkeypatch, dtype,
                     )  # more blocks than stages, more inputs than fit, two waves
                     continue
                 launched[tile] += 1
-                assert same_bits(got, expected), (num_tokens, tile, split)
+                assert same_bits(got, expected), (num_tokens, tile, split, standalone)
         monkeypatch.delenv("MARLIN_QQQ_TILE")
+        monkeypatch.delenv("MARLIN_QQQ_STANDALONE")
         assert same_bits(marlin_qqq_linear(x, *tensors, bias=bias, constant_weights=True), expected)
     assert min(launched.values()) >= 8, launched
 

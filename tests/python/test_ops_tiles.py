@@ -37,11 +37,17 @@ def test_every_candidate(monkeypatch, family, group_size, out_dtype, num_tokens,
     expected = marlin_qqq_gemm(*problem.arguments, bias=bias, out_dtype=out_dtype).cuda()
     on_gpu, bias = problem.to("cuda"), bias.cuda()
     monkeypatch.setenv("MARLIN_QQQ_FAMILY", family)
-    for candidate in range(count_candidates(monkeypatch, on_gpu)):
-        monkeypatch.setenv("MARLIN_QQQ_CANDIDATE", str(candidate))
-        for constant_weights in (False, True):  # another kernel, for some
-            got = marlin_qqq_gemm(*on_gpu.arguments, bias=bias, out_dtype=out_dtype, constant_weights=constant_weights)
-            assert reference.same_bits(got, expected), f"candidate {candidate}, constant_weights={constant_weights}"
+    # Launches that stand alone (plan::Problem::standalone) differ for few tokens.
+    for standalone, promises in (("0", (False, True)), ("1", (True,) if num_tokens <= 33 else ())):
+        monkeypatch.setenv("MARLIN_QQQ_STANDALONE", standalone)
+        for candidate in range(count_candidates(monkeypatch, on_gpu)):
+            monkeypatch.setenv("MARLIN_QQQ_CANDIDATE", str(candidate))
+            for constant_weights in promises:  # another kernel, for some
+                got = marlin_qqq_gemm(
+                    *on_gpu.arguments, bias=bias, out_dtype=out_dtype, constant_weights=constant_weights
+                )
+                where = f"candidate {candidate}, standalone {standalone}, constant_weights={constant_weights}"
+                assert reference.same_bits(got, expected), where
 
 
 # Rings of the eight warps with one to seven stages each: a kernel that dequantises before its wait keeps two of them in

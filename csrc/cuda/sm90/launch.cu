@@ -59,6 +59,12 @@ int early_stages(const plan::Sm90Tile& tile, const plan::Plan& plan, const plan:
                  const Parameters& p) {
   const bool grouped = problem.group_size > 0;
   if (!tile.depth_split() && problem.num_tokens <= 64) return 5;
+  // The kernel before is a quantisation, or one that has ended: rows and activations are asked for very soon, and what
+  // is on its way is in theirs.
+  if (problem.standalone && tile.depth_split()) {
+    if (plan.quantizes && tile.warp_rings()) return 1;
+    if (problem.num_tokens <= 32 && plan::has_few_weights(problem)) return 2;
+  }
   if (!problem.constant_weights) {
     if (!tile.depth_split() || tile.blocks_per_sm > 1 || !plan.leaves_room()) return 2;
     // The kernel before is on the rest of the device, fetching weights of its own at that moment.
