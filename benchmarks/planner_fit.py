@@ -1,6 +1,7 @@
-"""Fits the constants of the Hopper planner's model (csrc/plan/sm90_model.h) to measured candidates.
+"""Fits the constants of the Hopper planner's models (csrc/plan/sm90_model.h) to measured candidates.
 
-The formula is the planner's own, through the introspection module. `tune_planner.py fit` is the command.
+There are two: of launches that overlap with their neighbours, and of those that stand alone. The formula is the
+planner's own, through the introspection module. `tune_planner.py fit` is the command.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from marlin_qqq.bench.results import OURS, Run
 
 Model = dict[str, float]
 
-# What the measured launches are called, with and without the promise of constant weights.
-PREFIXES = {True: f"{OURS}:constant+tile:", False: f"{OURS}:tile:"}
 PLANNER_DEVICE = "planner_device"  # where a run's environment holds the device as the planner sees it
 REGIMES = ((1, 16), (17, 64), (65, 128), (129, 256), (257, 1 << 30))
 
@@ -36,8 +35,45 @@ LARGEST_FACTOR = 4.0  # from its start, for any constant
 # Candidates whose estimates are this close count as nearly tied. The loss of the first one alone is a staircase, on
 # which a gradient sees nothing; a much higher temperature rewards estimates that lie apart, not those that are right.
 TEMPERATURE = 0.005
-VALUE = re.compile(r"^(  double (\w+) = )([^;]+);$", re.MULTILINE)
-PROVENANCE = re.compile(r"^// Fitted on .*\n(?://.*\n)*(?=struct Sm90Model)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the launches of a sweep are made."""
+
+    label: str
+    prefix: str  # of the measured launches' names, before that of the candidate
+    constant_weights: bool = True
+    standalone: bool = False  # whole layers then, each behind a kernel that lets nothing start early
+
+
+CONSTANT = Setting("", f"{OURS}:constant+tile:")
+WITHOUT_PROMISE = Setting("without promise", f"{OURS}:tile:", constant_weights=False)
+STANDALONE = Setting("standalone", f"{OURS}:standalone+tile:", standalone=True)
+SETTINGS = (CONSTANT, WITHOUT_PROMISE, STANDALONE)
+
+
+@dataclass(frozen=True)
+class HeaderPart:
+    """Where the constants of a model stand in sm90_model.h, and the comment that says where they come from."""
+
+    place: str
+    value: re.Pattern[str]
+    provenance: re.Pattern[str]
+
+    @classmethod
+    def at(cls, place: str, assigned: str) -> HeaderPart:
+        return cls(
+            place,
+            re.compile(rf"^(  {assigned}(\w+) = )([^;]+);$", re.MULTILINE),
+            re.compile(rf"^// Fitted on .*\n(?://.*\n)*(?={re.escape(place)})", re.MULTILINE),
+        )
+
+
+HEADER_PARTS = {
+    False: HeaderPart.at("struct Sm90Model", "double "),
+    True: HeaderPart.at("constexpr Sm90Model standalone_model()", r"model\."),
+}
 
 
 @dataclass
@@ -49,11 +85,16 @@ class Problem:
     names: list[str]
     plans: list[str]
     times: list[float]
-    constant_weights: bool = True
+    setting: Setting = CONSTANT
 
     @property
     def name(self) -> str:
-        return problem_name(self.sizes, self.constant_weights)
+        return problem_name(self.sizes, self.setting)
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """What the planner is told besides."""
+        return {"constant_weights": self.setting.constant_weights, "standalone": self.setting.standalone}
 
 
 def introspection() -> Any:
@@ -74,41 +115,48 @@ def problems_of(run: Run, origin: str) -> list[Problem]:
     device = introspection().DeviceProperties(**run.environment[PLANNER_DEVICE])
     problems: dict[Any, Problem] = {}
     for m in run.measurements:
-        promise = promised(m.implementation)
-        if not m.median_us or promise is None or m.group_size is None:
+        setting = setting_of(m.implementation)
+        if not m.median_us or setting is None or m.group_size is None:
             continue
         sizes = (m.num_tokens, m.out_features, m.in_features, m.group_size)
-        problem = problems.setdefault((sizes, promise), Problem(sizes, device, [], [], [], promise))
-        problem.names.append(m.implementation.removeprefix(PREFIXES[promise]))
+        problem = problems.setdefault((sizes, setting), Problem(sizes, device, [], [], [], setting))
+        problem.names.append(m.implementation.removeprefix(setting.prefix))
         problem.plans.append(str(m.extra.get("plan", "")))
         problem.times.append(m.median_us)
     return [problem for problem in problems.values() if len(problem.times) > 1]
 
 
-def promised(implementation: str) -> bool | None:
-    """Whether a measured launch had constant weights; None: not one of a sweep."""
-    return next((promise for promise, prefix in PREFIXES.items() if implementation.startswith(prefix)), None)
+def setting_of(implementation: str) -> Setting | None:
+    """The setting of a measured launch; None: not one of a sweep."""
+    return next((setting for setting in SETTINGS if implementation.startswith(setting.prefix)), None)
 
 
 class Objective:
-    """How well a model ranks the measured candidates: a problem a row, its candidates in columns."""
+    """How well a model ranks the measured candidates: a problem a row, its candidates in columns.
+
+    The problems are of one model: all of them stand alone, or none does.
+    """
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems: list[Problem] = []
         self.num_gone = self.num_changed = 0  # candidates that the planner has no more, or whose tile has changed
         self.estimator = introspection().Sm90Estimator()
         for problem in problems:
-            texts = self.estimator.add(*problem.sizes, problem.device, problem.names, problem.constant_weights)
+            texts = self.estimator.add(*problem.sizes, problem.device, problem.names, **problem.options)
             kept = [index for index, text in enumerate(texts) if text]
             self.num_gone += len(texts) - len(kept)
             self.num_changed += sum(not _same_launch(problem.plans[index], texts[index]) for index in kept)
             names, plans, times = (
                 [values[i] for i in kept] for values in (problem.names, problem.plans, problem.times)
             )
-            self.problems.append(Problem(problem.sizes, problem.device, names, plans, times, problem.constant_weights))
+            self.problems.append(Problem(problem.sizes, problem.device, names, plans, times, problem.setting))
         self.problems = [problem for problem in self.problems if problem.names]
         if not self.problems:
             raise ValueError("no measured candidate is one of the planner's: nothing to fit")
+        standalone = self.problems[0].setting.standalone
+        if any(problem.setting.standalone != standalone for problem in self.problems):
+            raise ValueError("problems of both models: each is fitted to its own")
+        self.built = introspection().sm90_model(standalone)  # what holds where a model does not say otherwise
         counts = numpy.array([len(problem.names) for problem in self.problems])
         self.filled = numpy.arange(counts.max()) < counts[:, None]
         self.times = self._table([time for problem in self.problems for time in problem.times])
@@ -120,8 +168,8 @@ class Objective:
         # Every regime of M weighs the same, with constant weights and without, however many of its problems a sweep of
         # new tiles has added.
         for low, high in REGIMES:
-            for promise in PREFIXES:
-                rows = self.rows(low, high, promise)
+            for setting in SETTINGS:
+                rows = self.rows(low, high, setting)
                 if rows.any():
                     self.weights[rows] /= self.weights[rows].sum()
         self.evaluations = 0
@@ -132,7 +180,7 @@ class Objective:
 
     def estimates(self, model: Model) -> numpy.ndarray:
         self.evaluations += 1
-        return self._table(self.estimator.estimate(model))
+        return self._table(self.estimator.estimate({**self.built, **model}))
 
     def losses(self, model: Model) -> numpy.ndarray:
         """For every problem the measured time of the candidate that the model puts first, over the best one's."""
@@ -168,15 +216,18 @@ class Objective:
             measured.setdefault((problem.name, str(problem.device)), set()).update(problem.names)
         found = []
         for problem in self.problems:
-            best = introspection().sm90_candidates(*problem.sizes, problem.device, model, problem.constant_weights)[0]
+            ranked = introspection().sm90_candidates(
+                *problem.sizes, problem.device, {**self.built, **model}, **problem.options
+            )
+            best = ranked[0]
             if best.name not in measured[problem.name, str(problem.device)]:
                 found.append(f"{problem.name}: {best.name}")
         return found
 
-    def rows(self, low: int, high: int, promise: bool | None) -> numpy.ndarray:
-        """Which problems have low..high tokens, with constant weights or without; None: both."""
+    def rows(self, low: int, high: int, setting: Setting | None) -> numpy.ndarray:
+        """Which problems have low..high tokens in a setting; None: in all."""
         return numpy.array(
-            [low <= p.sizes[0] <= high and promise in (None, p.constant_weights) for p in self.problems], dtype=bool
+            [low <= p.sizes[0] <= high and setting in (None, p.setting) for p in self.problems], dtype=bool
         )
 
     def _table(self, values: Sequence[float]) -> numpy.ndarray:
@@ -185,10 +236,10 @@ class Objective:
         return table
 
 
-def problem_name(sizes: tuple[int, int, int, int], constant_weights: bool) -> str:
+def problem_name(sizes: tuple[int, int, int, int], setting: Setting) -> str:
     num_tokens, out_features, in_features, group_size = sizes
     mode = "g128" if group_size > 0 else "channel"
-    return f"{out_features}x{in_features} M={num_tokens} {mode}{'' if constant_weights else ' without promise'}"
+    return f"{out_features}x{in_features} M={num_tokens} {mode} {setting.label}".rstrip()
 
 
 def _same_launch(before: str, now: str) -> bool:
@@ -249,13 +300,13 @@ def report(objective: Objective, before: Model, after: Model) -> list[str]:
     """Mean and worst loss a regime of M, before and after."""
     old, new = objective.losses(before), objective.losses(after)
     lines = [f"{'M':>10} {'problems':>8}   {'before: mean':>12} {'worst':>7}   {'after: mean':>12} {'worst':>7}"]
-    regimes = [(low, high, promise) for promise in PREFIXES for low, high in REGIMES]
-    for low, high, promise in (*regimes, (1, 1 << 30, None)):
-        rows = objective.rows(low, high, promise)
+    regimes = [(low, high, setting) for setting in SETTINGS for low, high in REGIMES]
+    for low, high, setting in (*regimes, (1, 1 << 30, None)):
+        rows = objective.rows(low, high, setting)
         if not rows.any():
             continue
-        name = "all" if promise is None else f"{low}-{high}" if high < 1 << 30 else f"{low}-"
-        name += " raw" if promise is False else ""
+        name = "all" if setting is None else f"{low}-{high}" if high < 1 << 30 else f"{low}-"
+        name += " raw" if setting is WITHOUT_PROMISE else ""
         figures = [figure for losses in (old[rows], new[rows]) for figure in (losses.mean(), losses.max())]
         lines.append("{:>10} {:>8}   {:>12.4f} {:>7.3f}   {:>12.4f} {:>7.3f}".format(name, int(rows.sum()), *figures))
     for title, model, losses in (("before", before, old), ("after", after, new)):
@@ -266,21 +317,22 @@ def report(objective: Objective, before: Model, after: Model) -> list[str]:
     return lines
 
 
-def header_values(text: str) -> Model:
-    """The constants' values in the text of sm90_model.h."""
-    return {name: float(value) for _, name, value in VALUE.findall(text)}
+def header_values(text: str, standalone: bool = False) -> Model:
+    """The constants' values in the text of sm90_model.h; of the second model those that it has of its own."""
+    return {name: float(value) for _, name, value in HEADER_PARTS[standalone].value.findall(text)}
 
 
-def rewritten_header(text: str, model: Model, provenance: str) -> str:
-    """The header with the model's values and the line that says where they come from."""
-    if header_values(text).keys() != model.keys():
-        differing = ", ".join(sorted(header_values(text).keys() ^ model.keys()))
+def rewritten_header(text: str, model: Model, provenance: str, standalone: bool = False) -> str:
+    """The header with a model's values and the line that says where they come from."""
+    part = HEADER_PARTS[standalone]
+    if header_values(text, standalone).keys() != model.keys():
+        differing = ", ".join(sorted(header_values(text, standalone).keys() ^ model.keys()))
         raise ValueError(f"the header and the built model differ in {differing}")
-    if len(PROVENANCE.findall(text)) != 1:
-        raise ValueError('the header must have one comment "// Fitted on ..." right above struct Sm90Model')
+    if len(part.provenance.findall(text)) != 1:
+        raise ValueError(f'the header must have one comment "// Fitted on ..." right above {part.place}')
     comment = textwrap.fill(f"Fitted on {provenance}.", 120, initial_indent="// ", subsequent_indent="// ")
-    text = PROVENANCE.sub(lambda _: f"{comment}\n", text)
-    return VALUE.sub(lambda match: f"{match[1]}{_number(model[match[2]])};", text)
+    text = part.provenance.sub(lambda _: f"{comment}\n", text)
+    return part.value.sub(lambda match: f"{match[1]}{_number(model[match[2]])};", text)
 
 
 def _number(value: float) -> str:

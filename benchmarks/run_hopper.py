@@ -3,7 +3,8 @@
     python benchmarks/run_hopper.py --json benchmarks/results/hopper.json
 
 Parts, in this order: quantize_per_token; the product on the reference shapes over M, against Humming, fp8, fp16, int_mm
-and our own sm_80 kernels; 400 launches back to back for large M; bias and bf16; quantise + product as a layer runs it.
+and our own sm_80 kernels; 400 launches back to back for large M; bias and bf16; quantise + product as a layer runs it;
+the linears of a decoder layer behind other kernels, as a model serves them.
 Humming joins in when `humming-kernels` can be imported (a folder on PYTHONPATH will do); its kernels compile while the
 first part runs. The file is written after every part; a run that reaches --budget leaves the rest out and says what.
 In a copy of the repository without .git, MARLIN_QQQ_COMMIT names the commit. The last lines printed are a short table
@@ -27,10 +28,10 @@ from goals import judge, time_of
 from marlin_qqq._devices import check_device
 from marlin_qqq._files import write_text_atomically
 from marlin_qqq.bench.implementations import gemm_implementations
-from marlin_qqq.bench.implementations.layers import linear_implementations
+from marlin_qqq.bench.implementations.layers import decoder_layer_implementations, linear_implementations
 from marlin_qqq.bench.implementations.marlin import MarlinGemm
 from marlin_qqq.bench.implementations.quantize import quantize_implementations
-from marlin_qqq.bench.presets import REFERENCE_SHAPES, Layer, parse_integers, parse_shape
+from marlin_qqq.bench.presets import REFERENCE_SHAPES, Layer, model_layers, parse_integers, parse_shape
 from marlin_qqq.bench.results import OURS, Measurement, Run
 from marlin_qqq.bench.runner import Runner, Settings
 from marlin_qqq.bench.tables import footnotes
@@ -39,6 +40,9 @@ GROUPS = (-1, 128)
 TOKENS = "1,16,17,32,33,64,65,96,128,129,192,193,256,257,320,384,512,1024,4096,8192"
 SUSTAINED_TOKENS = (1024, 4096)
 EXTRA_TOKENS = (1, 64, 256, 1024)
+SERVED = "served"
+SERVED_MODEL = "llama-3.1-8b"
+SERVED_TOKENS = (1, 4, 16, 64, 256)
 QUANTIZE_SIZES = ((1, 4096), (16, 4096), (64, 8192), (256, 28672), (1024, 4096), (4096, 8192), (16384, 8192))
 SHOWN_TOKENS = (1, 16, 32, 64, 128, 256, 1024, 4096)
 # Column heads and (implementation, group size) of the short table.
@@ -71,7 +75,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variants", default="default,constant,sm80", help="variants of our op in the main part")
     parser.add_argument("--baselines", default="read,chain,humming,fp8,fp16,int_mm")
     parser.add_argument("--replays", type=int, default=7)
-    parser.add_argument("--parts", default="quantize,gemm,sustained,extras,linear", help="which parts to run")
+    parser.add_argument("--parts", default="quantize,gemm,sustained,extras,linear,served", help="which parts to run")
     parser.add_argument("--device", default="cuda", help="cuda; cpu only tries the script out")
     return parser.parse_args(words)
 
@@ -105,7 +109,9 @@ def main() -> int:
     tokens = parse_integers(arguments.num_tokens)
     baselines = [name for name in arguments.baselines.split(",") if name]
     on_gpu = device.startswith("cuda")
-    compiler = _compile_humming(shapes) if on_gpu and "humming" in baselines else None
+    served = model_layers(SERVED_MODEL) if SERVED in parts else ()
+    compiled = {shape.shape: shape for shape in (*shapes, *served)}
+    compiler = _compile_humming(list(compiled.values())) if on_gpu and "humming" in baselines else None
 
     session = Session(arguments, Settings(device=device, replays=arguments.replays, cpu_seconds=0.01))
     runner = session.runner
@@ -143,6 +149,12 @@ def main() -> int:
         narrow = [shape for shape in shapes if shape.in_features <= 8192]
         runner.products(narrow, [1, 16, 32, 64], layers, operation="linear", should_stop=stop)
         session.finish_part("linear")
+    if served:
+        wanted = [name for name in baselines if name in ("humming", "fp16")]
+        layers = decoder_layer_implementations(served, wanted, GROUPS, served=True)
+        whole = Layer(SERVED_MODEL, sum(part.out_features for part in served), served[0].in_features)
+        runner.products([whole], SERVED_TOKENS, layers, operation=SERVED, should_stop=stop)
+        session.finish_part(SERVED)
 
     print_summary(runner.run)
     print(f"{session.seconds():.0f} s, saved in {arguments.json.name}")

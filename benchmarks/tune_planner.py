@@ -4,9 +4,10 @@
     python benchmarks/tune_planner.py fit sweep.json --write          # anywhere; two minutes; then build again
 
 `measure` times the planner's best candidates, and one of each kind of tile, for a grid of shapes and batch sizes in
-both modes, launched with constant weights, or, with --without-promise, as the op is by default; the fit takes both. It
-needs the CUDA library, not the introspection module, so any Python will do. A sweep that was cut short by its budget is
-continued by the same command.
+both modes, launched with constant weights, or, with --without-promise, as the op is by default; the fit takes both.
+With --standalone it times whole layers, each behind a kernel that lets nothing start early, as models run them: their
+launches have constants of their own. It needs the CUDA library, not the introspection module, so any Python will do. A
+sweep that was cut short by its budget is continued by the same command.
 
 `fit` evaluates the planner's own formula, for which it needs the introspection module of this Python. It prints the
 loss (the time of the candidate ranked first over the fastest one's) before and after. Where it says that a problem's
@@ -31,10 +32,12 @@ import planner_fit
 from marlin_qqq._devices import check_device
 from marlin_qqq._files import write_text_atomically
 from marlin_qqq.bench.check import Reference
-from marlin_qqq.bench.implementations import Context
+from marlin_qqq.bench.implementations import Context, Implementation
+from marlin_qqq.bench.implementations.layers import MarlinLinear
 from marlin_qqq.bench.implementations.marlin import MarlinGemm
+from marlin_qqq.bench.implementations.served import KernelBetween, Served
 from marlin_qqq.bench.presets import REFERENCE_SHAPES, Layer, parse_integers, parse_shape
-from marlin_qqq.bench.results import load_run
+from marlin_qqq.bench.results import OURS, Measurement, Run, load_run
 from marlin_qqq.bench.runner import Runner, Settings
 from marlin_qqq.bench.tune import Candidate, ask_candidates
 
@@ -50,9 +53,17 @@ SHAPES = ",".join(shape.shape for shape in REFERENCE_SHAPES) + (
     ",11008x4096,4096x22016"
 )
 TOKENS = "1,4,16,24,32,48,64,80,96,128,160,192,256,320,512,1024,4096"
-OVERRIDES = ("MARLIN_QQQ_FAMILY", "MARLIN_QQQ_TILE", "MARLIN_QQQ_SPLIT", "MARLIN_QQQ_CANDIDATE")
+OVERRIDES = (
+    "MARLIN_QQQ_FAMILY",
+    "MARLIN_QQQ_TILE",
+    "MARLIN_QQQ_SPLIT",
+    "MARLIN_QQQ_CANDIDATE",
+    "MARLIN_QQQ_STANDALONE",
+)
 # The best candidates of a problem often are one tile with a row of splits, which teach little beyond each other.
 MOST_OF_A_TILE = 3
+QUANTIZING = "/quantizing"  # ends the name of a candidate whose kernel quantises its activations
+MOST_QUANTIZING = 3
 SECONDS_BETWEEN_SAVES = 15.0
 
 Work = tuple[Layer, int, int]  # shape, group_size, num_tokens
@@ -62,8 +73,10 @@ def choose_candidates(candidates: Sequence[Candidate], num_tokens: int, limit: i
     """The ``limit`` best of a problem's candidates, which come best first, and one of every family of tiles.
 
     That one is the best of the family's tile that wastes the fewest tokens: a model that ranks a family wrong must be
-    found out.
+    found out. Of those that quantise their activations the best few come besides.
     """
+    quantizing = [candidate for candidate in candidates if candidate.name.endswith(QUANTIZING)]
+    candidates = [candidate for candidate in candidates if not candidate.name.endswith(QUANTIZING)]
     chosen: list[Candidate] = []
     for candidate in candidates:
         same_tile = sum(other.tile_name == candidate.tile_name for other in chosen)
@@ -78,7 +91,7 @@ def choose_candidates(candidates: Sequence[Candidate], num_tokens: int, limit: i
         nearest = min(family, key=lambda c: (-(-num_tokens // c.tile_tokens) * c.tile_tokens, -c.tile_tokens))
         if nearest not in chosen:
             chosen.append(nearest)
-    return chosen
+    return chosen + quantizing[:MOST_QUANTIZING]
 
 
 def work_list(shapes: Sequence[Layer], num_tokens: Sequence[int], group_sizes: Sequence[int]) -> list[Work]:
@@ -112,9 +125,9 @@ class SweepContext(Context):
 
             weights = self.packed_weights(problem)
             output = torch.ops.marlin_qqq.marlin_qqq_gemm(
-                activations.quantized[0],
+                activations.quantized[0].to(self.device),  # a layer quantises its reference on the CPU
                 weights.packed[0],
-                activations.token_scale[0],
+                activations.token_scale[0].to(self.device),
                 weights.channel_scale[0],
                 weights.group_scale[0],
                 marlin_qqq.make_workspace(problem.out_features, self.device),
@@ -137,8 +150,8 @@ class SweepRunner(Runner):
 class Sweep:
     """The growing file of one sweep on one GPU."""
 
-    def __init__(self, runner: Runner, path: Path, constant_weights: bool = True) -> None:
-        self.runner, self.path, self.constant_weights = runner, path, constant_weights
+    def __init__(self, runner: Runner, path: Path, setting: planner_fit.Setting = planner_fit.CONSTANT) -> None:
+        self.runner, self.path, self.setting = runner, path, setting
         self.done: set[tuple[int, int, int, int]] = set()
         self.num_before = 0
         self._saved = time.monotonic()
@@ -150,7 +163,7 @@ class Sweep:
             self.done = {
                 (m.num_tokens, m.out_features, m.in_features, m.group_size or -1)
                 for m in before.measurements
-                if planner_fit.promised(m.implementation) == constant_weights
+                if planner_fit.setting_of(m.implementation) == setting
             }
 
     def measure(self, work: Work, limit: int) -> str:
@@ -159,15 +172,23 @@ class Sweep:
         sizes = (tokens, shape.out_features, shape.in_features, mode)
         if sizes in self.done:
             return "measured before"
-        device, candidates = ask_candidates(*sizes, self.runner.settings.device, constant_weights=self.constant_weights)
+        device, candidates = ask_candidates(
+            *sizes,
+            self.runner.settings.device,
+            constant_weights=self.setting.constant_weights,
+            standalone=self.setting.standalone,
+        )
         known = self.runner.run.environment.setdefault(planner_fit.PLANNER_DEVICE, device)
         if self.num_before and self.device != known:
             raise ValueError(f"{self.path} was measured on another GPU than this one; give another --json")
         chosen = choose_candidates(candidates, tokens, limit)
         first = len(self.runner.run.measurements)
-        promise = "constant+" if self.constant_weights else ""
-        variants = [MarlinGemm(promise + candidate.variant, mode) for candidate in chosen]
-        self.runner.products([shape], [tokens], variants)
+        implementations = [self.implementation(candidate, mode) for candidate in chosen]
+        if self.setting.standalone:
+            implementations.append(KernelBetween())
+        self.runner.products([shape], [tokens], implementations)
+        if self.setting.standalone:
+            _subtract(self.runner.run.measurements.pop(), self.runner.run.measurements[first:])
         rows = self.runner.run.measurements[first:]
         for row, candidate in zip(rows, chosen, strict=True):
             row.extra = {"plan": candidate.text}
@@ -179,11 +200,29 @@ class Sweep:
         least, best = min(timed, key=lambda entry: entry[0])
         return f"own choice {rows[0].median_us:.2f} us, best {least:.2f} us ({best.name}) of {len(timed)}"
 
+    def implementation(self, candidate: Candidate, group_size: int) -> Implementation:
+        """What times one candidate in the sweep's setting."""
+        variant = self.setting.prefix.removeprefix(f"{OURS}:").removesuffix("tile:") + candidate.variant
+        if not self.setting.standalone:
+            return MarlinGemm(variant, group_size)
+        layer = Served(MarlinLinear(group_size, variant))
+        layer.name = self.setting.prefix + candidate.name
+        return layer
+
     def save(self, seconds: float = 0.0) -> None:
         """Writes the whole file, unless it was written in the last ``seconds``: a large one takes a while."""
         if time.monotonic() - self._saved >= seconds:
             write_text_atomically(self.path, self.runner.run.to_json())
             self._saved = time.monotonic()
+
+
+def _subtract(between: Measurement, rows: Sequence[Measurement]) -> None:
+    """Takes the time of the kernel before a layer from that of both."""
+    for row in rows:
+        if row.median_us and row.p10_us and row.p90_us and between.median_us:
+            row.median_us -= between.median_us
+            row.p10_us -= between.median_us
+            row.p90_us -= between.median_us
 
 
 def measure(arguments: argparse.Namespace) -> int:
@@ -198,7 +237,7 @@ def measure(arguments: argparse.Namespace) -> int:
     shapes = [parse_shape(text) for text in arguments.shapes.split(",")]
     todo = work_list(shapes, parse_integers(arguments.num_tokens), [int(g) for g in arguments.group_size.split(",")])
     runner = SweepRunner(Settings(device=device, replays=arguments.replays))
-    sweep = Sweep(runner, arguments.json, constant_weights=not arguments.without_promise)
+    sweep = Sweep(runner, arguments.json, arguments.setting)
     try:
         for index, work in enumerate(todo):
             seconds = time.monotonic() - start
@@ -208,7 +247,7 @@ def measure(arguments: argparse.Namespace) -> int:
             line = sweep.measure(work, arguments.candidates)
             shape, mode, tokens = work
             sizes = (tokens, shape.out_features, shape.in_features, mode)
-            name = planner_fit.problem_name(sizes, sweep.constant_weights)
+            name = planner_fit.problem_name(sizes, sweep.setting)
             print(f"[{index + 1:4}/{len(todo)} {seconds:4.0f} s] {name}: {line}", flush=True)
     finally:
         sweep.save()
@@ -221,11 +260,27 @@ def measure(arguments: argparse.Namespace) -> int:
 
 def fit(arguments: argparse.Namespace) -> int:
     runs = [(path, load_run(path)) for path in arguments.sweeps]
-    objective = planner_fit.Objective(
-        problem for path, run in runs for problem in planner_fit.problems_of(run, str(path))
-    )
-    before = planner_fit.introspection().sm90_model()
-    if planner_fit.header_values(HEADER.read_text()) != before:
+    problems = [problem for path, run in runs for problem in planner_fit.problems_of(run, str(path))]
+    overlapping = [problem for problem in problems if not problem.setting.standalone]
+    standing_alone = [problem for problem in problems if problem.setting.standalone]
+    if overlapping or not standing_alone:
+        fit_model(arguments, runs, overlapping, standalone=False)
+    if standing_alone:
+        fit_model(arguments, runs, standing_alone, standalone=True)
+    return 0
+
+
+def fit_model(
+    arguments: argparse.Namespace,
+    runs: Sequence[tuple[Path, Run]],
+    problems: Sequence[planner_fit.Problem],
+    standalone: bool,
+) -> None:
+    """Fits one of the two models to its problems and prints what comes of it."""
+    objective = planner_fit.Objective(problems)
+    before = planner_fit.header_values(HEADER.read_text(), standalone)
+    built = planner_fit.introspection().sm90_model(standalone)
+    if before != {name: built[name] for name in before}:
         raise ValueError(f"{HEADER.name} has other constants than the built planner: build first")
     print(f"{len(objective.problems)} problems, {objective.num_points} candidates")
     if objective.num_gone:
@@ -241,10 +296,9 @@ def fit(arguments: argparse.Namespace) -> int:
     for line in unmeasured[:10]:
         print(f"  {line}")
     if arguments.write:
-        text = planner_fit.rewritten_header(HEADER.read_text(), after, planner_fit.provenance(runs, objective, after))
-        write_text_atomically(HEADER, text)
+        origin = planner_fit.provenance(runs, objective, after)
+        write_text_atomically(HEADER, planner_fit.rewritten_header(HEADER.read_text(), after, origin, standalone))
         print(f"wrote {HEADER.name}; build again (make build)")
-    return 0
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -259,9 +313,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     step.add_argument(
         "--candidates", type=int, default=8, help="the planner's best to time; of other families one more"
     )
-    step.add_argument(
-        "--without-promise", action="store_true", help="launches without constant_weights (a file may hold both)"
-    )
+    settings = step.add_mutually_exclusive_group()
+    settings.add_argument(
+        "--without-promise", dest="setting", action="store_const", const=planner_fit.WITHOUT_PROMISE,
+        help="launches without constant_weights (a file may hold all settings)",
+    )  # fmt: skip
+    settings.add_argument(
+        "--standalone", dest="setting", action="store_const", const=planner_fit.STANDALONE,
+        help="layers behind a kernel that lets nothing start early",
+    )  # fmt: skip
+    step.set_defaults(setting=planner_fit.CONSTANT)
     step.add_argument("--replays", type=int, default=9)
     step.add_argument("--device", default="cuda")
     step.set_defaults(run=measure)

@@ -27,6 +27,7 @@ HEADLINE_SHAPES = ((8192, 21760), (28672, 4096), (4096, 4096))
 HEADLINE_TOKENS = (1, 16, 64, 256, 1024, 4096)
 HEADLINE_PEERS = ("humming", "fp8", "fp16")
 LAYER = f"{OURS}:constant"
+BETWEEN = "between"
 NOTHING = "Not measured yet."
 
 
@@ -135,6 +136,29 @@ def full_table(run: Run, method: str) -> str:
     return "\n".join(lines)
 
 
+def served_table(run: Run) -> str:
+    """A decoder layer's linears, each behind another kernel, less those kernels' own time."""
+    rows = [m for m in run.measurements if m.operation == "served" and m.median_us]
+    columns = [m for m in rows if m.implementation.endswith(":served") and m.num_tokens == rows[0].num_tokens]
+    if not columns:
+        return NOTHING
+    heads = []
+    for m in columns:
+        mode = {-1: "per-channel", 128: "group 128"}.get(m.group_size or 0, "")
+        peer = {OURS: "", "humming": "Humming"}.get(name := m.implementation.partition(":")[0], name)
+        heads.append(f"{peer} {mode}".strip())
+    lines = [f"| M | {' | '.join(heads)} |", "|--:|" + "--:|" * len(heads)]
+    for tokens in dict.fromkeys(m.num_tokens for m in rows):
+        times = {(m.implementation, m.group_size): m.median_us for m in rows if m.num_tokens == tokens}
+        between = times.get((BETWEEN, None))
+        cells = [str(tokens)]
+        for m in columns:
+            both = times.get((m.implementation, m.group_size))
+            cells.append(f"{both - between:.1f}" if both and between else "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def goals_table(run: Run) -> str:
     """The goals, their worst values and where those are."""
     lines = ["| goal | bound | worst | where | met |", "|---|--:|--:|---|--:|"]
@@ -179,6 +203,11 @@ activations, too; fp8 (`torch._scaled_mm`) and fp16 (`torch.mm`) read weights tw
 {provenance(path, run)}
 
 {headline_table(run)}
+
+As a model serves them: the four linears of an 8B decoder layer (qkv, o, gate and up, down; quantisation included) in a
+CUDA graph, each behind another kernel, in microseconds without those kernels' own time.
+
+{served_table(run)}
 """
 
 

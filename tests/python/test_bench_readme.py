@@ -116,6 +116,26 @@ def test_texts_and_figures_are_regenerated_from_the_newest_run(repository):
     assert update.main([*arguments, "--check"]) == 0
 
 
+def test_the_served_table_is_without_the_kernels_between():
+    update = load_script("benchmarks/update_readme.py")
+    assert update.served_table(make_run(FACTORS)) == "Not measured yet."
+    times = {("between", None): 5.0, (f"{OURS}:linear:served", -1): 25.0, (f"{OURS}:linear:served", 128): 27.25}
+    times |= {("humming:linear:served", 128): 45.0, ("fp16:served", None): 105.0}
+    run = Run(
+        measurements=[
+            Measurement("served", name, tokens, 45056, 4096, mode, "llama", median_us=us + (tokens if mode else 0))
+            for tokens in (1, 16)
+            for (name, mode), us in times.items()
+        ]
+    )
+    assert update.served_table(run).splitlines() == [
+        "| M | per-channel | group 128 | Humming group 128 | fp16 |",
+        "|--:|--:|--:|--:|--:|",
+        "| 1 | 21.0 | 23.2 | 41.0 | 100.0 |",
+        "| 16 | 36.0 | 38.2 | 56.0 | 100.0 |",
+    ]
+
+
 def test_without_results_the_texts_say_not_measured(repository):
     update = load_script("benchmarks/update_readme.py")
     assert update.main(["--root", str(repository)]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -25,14 +26,20 @@ from marlin_qqq.bench import runner as runner_module
 from marlin_qqq.bench import timing
 from marlin_qqq.bench.implementations import gemm_implementations, parse_baselines
 from marlin_qqq.bench.implementations.base import Context, Implementation, Unavailable
-from marlin_qqq.bench.implementations.layers import DecoderLayer, MarlinLinear, linear_implementations
+from marlin_qqq.bench.implementations.layers import (
+    DecoderLayer,
+    MarlinLinear,
+    decoder_layer_implementations,
+    linear_implementations,
+)
 from marlin_qqq.bench.implementations.marlin import MarlinGemm, _plan_of, overridden_environment, parse_variant
+from marlin_qqq.bench.implementations.served import KernelBetween, Served
 from marlin_qqq.bench.implementations.torch_baselines import ChainedRead, PlainRead
 from marlin_qqq.bench.inputs import make_activations
 from marlin_qqq.bench.output import show
 from marlin_qqq.bench.presets import Layer, parse_shape
 from marlin_qqq.bench.problem import Ceilings, GemmProblem
-from marlin_qqq.bench.results import Run, load_run
+from marlin_qqq.bench.results import OURS, Run, load_run
 from marlin_qqq.bench.runner import Runner, Settings
 from marlin_qqq.cli.bench import app
 
@@ -96,6 +103,8 @@ def test_quantize_linear_layer_and_sweep_run_on_the_cpu(tmp_path):
     linear = load_run(path)
     assert {m.implementation for m in linear.measurements} == {"marlin_qqq:linear", "marlin_qqq:constant", "fp32"}
     assert all(m.check.startswith(("exact", "close")) for m in linear.measurements)
+    served = bench("linear", *TINY, "-m", "2", "-g", "128", "--served").output
+    assert "between" in served and "served" in served
     assert "4 linears" in bench("layer", "--model", "llama-3.1-8b", "--tp", "16", "-m", "1", "-g", "128", *QUICK).output
     assert "cliffs: steps beyond the work added" in bench("sweep", *TINY, "-m", "1:4", "-g", "128").output
 
@@ -295,6 +304,7 @@ def test_the_module_can_be_run():
 
 
 def test_variants():
+    assert parse_variant("constant+standalone").environment == {"MARLIN_QQQ_STANDALONE": "1"}
     variant = parse_variant("constant+sm80+tile:64x128+split:4")
     assert variant.constant_weights
     assert variant.environment == {"MARLIN_QQQ_FAMILY": "sm80", "MARLIN_QQQ_TILE": "64x128", "MARLIN_QQQ_SPLIT": "4"}
@@ -365,6 +375,49 @@ def test_every_linear_of_a_decoder_layer_is_checked():
         assert bound.check(outputs).startswith("exact (")
         outputs[spoiled].view(torch.int16)[0, 0] ^= 1
         assert bound.check(outputs).startswith("WRONG: 1 of ")
+
+
+def test_a_served_layer_comes_behind_a_kernel_that_writes_its_activations():
+    problem = GemmProblem(3, 64, 256)
+    context = Context("cpu", torch.float16, l2_bytes=0)
+    activations = make_activations(3, 256, torch.float16, "cpu", context.generator)
+    before = activations.x[0].clone()
+    writes = []
+
+    class Observed(MarlinLinear):
+        def bind(self, problem, activations, context):
+            bound = super().bind(problem, activations, context)
+            first_version = activations.x[0]._version
+
+            def launch(index):
+                writes.append(activations.x[0]._version - first_version)
+                return bound.launch(index)
+
+            return dataclasses.replace(bound, launch=launch)
+
+    bound = Served(Observed(128)).bind(problem, activations, context)
+    assert bound.check(bound.launch(0)).startswith("exact (")
+    bound.launch(activations.copies)
+    assert writes == [1, 2], "a write before every launch"
+    between = KernelBetween().bind(problem, activations, context)
+    assert between.check(between.launch(0)) == "exact (values as before)"
+    assert torch.equal(activations.x[0], before)
+    assert between.check(before + 1).startswith("WRONG")
+
+
+def test_served_layers_have_the_kernels_own_time_beside_them():
+    names = [implementation.name for implementation in linear_implementations("cpu", ["fp32"], [-1, 128], served=True)]
+    assert names == ["between", *[f"{OURS}:linear:served"] * 2, "fp32:served"]
+    layers = [Layer("a", 64, 128), Layer("b", 128, 256)]
+    whole = decoder_layer_implementations(layers, ["fp32"], [128], served=True)
+    assert [implementation.name for implementation in whole] == ["between", f"{OURS}:linear:served", "fp32:served"]
+    context = Context("cpu", torch.float16, l2_bytes=0)
+    activations = make_activations(3, 128, torch.float16, "cpu", context.generator)
+    problem = GemmProblem(3, 64, 128)
+    for implementation in whole:
+        implementation.load(problem, context)
+        bound = implementation.bind(problem, activations, context)
+        assert not bound.check(bound.launch(0)).startswith("WRONG")
 
 
 def test_overridden_environment_is_put_back(monkeypatch):

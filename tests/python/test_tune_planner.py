@@ -31,22 +31,44 @@ def listed(
     group_size: int,
     device: str = "sm_90",
     constant_weights: bool = True,
+    standalone: bool = False,
 ):
     """What the op's library answers on a GPU like the reference device."""
     with pytest.raises(ValueError) as answer:
         marlin_qqq.plan(
-            num_tokens, out_features, in_features, group_size, constant_weights=constant_weights, tile="list"
+            num_tokens,
+            out_features,
+            in_features,
+            group_size,
+            quantizes=standalone,
+            constant_weights=constant_weights,
+            standalone=standalone,
+            tile="list",
         )
     return tune.parse_candidate_list(str(answer.value))
 
 
-def timed_problem(truth: dict[str, float], *sizes: int):
+def timed_problem(truth: dict[str, float], *sizes: int, setting=planner_fit.CONSTANT):
     """A problem whose candidates take the times of the model ``truth``."""
-    chosen = tune_planner.choose_candidates(listed(*sizes)[1], sizes[0], 8)
+    problem = planner_fit.Problem(sizes, DEVICE, [], [], [], setting)
+    chosen = tune_planner.choose_candidates(listed(*sizes, **problem.options)[1], sizes[0], 8)
     estimator = introspection.Sm90Estimator()
-    names = [candidate.name for candidate in chosen]
-    plans = estimator.add(*sizes, DEVICE, names)
-    return planner_fit.Problem(sizes, DEVICE, names, plans, estimator.estimate(truth))
+    problem.names = [candidate.name for candidate in chosen]
+    problem.plans = estimator.add(*sizes, DEVICE, problem.names, **problem.options)
+    problem.times = estimator.estimate(truth)
+    return problem
+
+
+def sweep_of(*problems) -> Run:
+    """A saved sweep of one problem or more, as ``measure`` writes it."""
+    run = Run(environment={"gpu": {"name": "NVIDIA H100 NVL"}, "planner_device": listed(1, 4096, 4096, -1)[0]})
+    for problem in problems:
+        for name, plan, us in zip(problem.names, problem.plans, problem.times, strict=True):
+            num_tokens, out_features, in_features, group_size = problem.sizes
+            sizes = {"num_tokens": num_tokens, "out_features": out_features, "in_features": in_features}
+            row = Measurement("gemm", problem.setting.prefix + name, **sizes, group_size=group_size, median_us=us)
+            run.measurements.append(dataclasses.replace(row, extra={"plan": plan}))
+    return run
 
 
 # The planner's answers
@@ -110,9 +132,9 @@ def test_a_sweep_is_saved_continued_and_read_by_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(tune_planner, "SECONDS_BETWEEN_SAVES", 0.0)
     path = tmp_path / "sweep.json"
 
-    def sweep(constant_weights=True):
+    def sweep(setting=planner_fit.CONSTANT):
         runner = tune_planner.SweepRunner(Settings(device="cpu", cpu_seconds=1e-4))
-        return tune_planner.Sweep(runner, path, constant_weights)
+        return tune_planner.Sweep(runner, path, setting)
 
     shape = Layer("128x256", 128, 256)
     first = sweep()
@@ -128,16 +150,43 @@ def test_a_sweep_is_saved_continued_and_read_by_fit(tmp_path, monkeypatch):
     objective = planner_fit.Objective(problems)
     assert (objective.num_gone, objective.num_changed) == (0, 0)
     assert objective.num_points == len(run.measurements)
-    assert "own choice" in sweep(constant_weights=False).measure((shape, 128, 3), 4)
+    assert "own choice" in sweep(planner_fit.WITHOUT_PROMISE).measure((shape, 128, 3), 4)
     assert sweep().measure((shape, 128, 3), 4) == "measured before"
     problems = planner_fit.problems_of(load_run(path), "sweep.json")
-    assert [(problem.sizes[3], problem.constant_weights) for problem in problems] == [
-        (128, True),
-        (-1, True),
-        (128, False),
+    assert [(problem.sizes[3], problem.setting) for problem in problems] == [
+        (128, planner_fit.CONSTANT),
+        (-1, planner_fit.CONSTANT),
+        (128, planner_fit.WITHOUT_PROMISE),
     ]
     text = "\n".join(planner_fit.report(planner_fit.Objective(problems), *[introspection.sm90_model()] * 2))
     assert "1-16 raw" in text and "without promise" in problems[2].name
+
+
+def test_a_sweep_of_layers_between_other_kernels(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune_planner, "ask_candidates", listed)
+    path, shape = tmp_path / "sweep.json", Layer("128x256", 128, 256)
+    runner = tune_planner.SweepRunner(Settings(device="cpu", cpu_seconds=1e-4))
+    sweep = tune_planner.Sweep(runner, path, planner_fit.STANDALONE)
+    assert "own choice" in sweep.measure((shape, 128, 3), 4)
+    sweep.save()
+    run = load_run(path)
+    assert run.num_wrong == 0
+    (problem,) = planner_fit.problems_of(run, "sweep.json")
+    candidates = [candidate.name for candidate in listed(3, 128, 256, 128, standalone=True)[1]]
+    assert set(problem.names) <= set(candidates) and problem.setting == planner_fit.STANDALONE
+    assert any(name.endswith("/quantizing") for name in problem.names)
+    objective = planner_fit.Objective([problem])
+    assert (objective.num_gone, objective.num_changed, objective.num_points) == (0, 0, len(run.measurements))
+    assert problem.name == "128x256 M=3 g128 standalone"
+
+
+def test_the_kernel_before_a_layer_is_taken_from_its_time():
+    between = Measurement("gemm", "between", 1, 128, 256, None, median_us=2.0, p10_us=1.0, p90_us=3.0)
+    layer = Measurement("gemm", "layer", 1, 128, 256, 128, median_us=10.0, p10_us=9.0, p90_us=12.0)
+    unavailable = Measurement("gemm", "other", 1, 128, 256, 128, unavailable="no such tile")
+    tune_planner._subtract(between, [layer, unavailable])
+    assert (layer.median_us, layer.p10_us, layer.p90_us) == (8.0, 7.0, 10.0)
+    assert unavailable.median_us is None
 
 
 def test_a_sweep_is_not_continued_on_another_gpu(tmp_path, monkeypatch):
@@ -195,6 +244,20 @@ def test_a_fit_finds_a_better_model():
     assert len(objective.unmeasured_choices(fitted)) <= len(problems)
 
 
+def test_the_models_of_overlapping_and_of_lone_launches_are_fitted_apart():
+    problems = [
+        timed_problem(introspection.sm90_model(setting.standalone), 4, 4096, 4096, 128, setting=setting)
+        for setting in (planner_fit.CONSTANT, planner_fit.STANDALONE)
+    ]
+    for problem in problems:
+        objective = planner_fit.Objective([problem])
+        assert objective.time_error({}) == 0, "what a model does not say is as built"
+        assert objective.time_error(introspection.sm90_model(not problem.setting.standalone)) > 0.01
+        assert objective.unmeasured_choices({}) == []
+    with pytest.raises(ValueError, match="of both models"):
+        planner_fit.Objective(problems)
+
+
 def test_reference_shapes_weigh_three_times_and_every_regime_the_same():
     model = introspection.sm90_model()
     sizes = [
@@ -241,36 +304,38 @@ def test_candidates_that_are_gone_or_changed_are_counted():
 
 def test_the_headers_values_are_the_built_ones():
     assert planner_fit.header_values(HEADER.read_text()) == introspection.sm90_model()
+    own, built = planner_fit.header_values(HEADER.read_text(), standalone=True), introspection.sm90_model(True)
+    assert len(own) > 20
+    assert built == {**introspection.sm90_model(), **own}
 
 
-def test_a_rewritten_header_reads_back():
+@pytest.mark.parametrize("standalone", [False, True])
+def test_a_rewritten_header_reads_back(standalone):
     text = HEADER.read_text()
-    model = {name: float(f"{1.2345 * value:.4g}") for name, value in introspection.sm90_model().items()}
+    built = planner_fit.header_values(text, standalone)
+    model = {name: float(f"{1.2345 * value:.4g}") for name, value in built.items()}
     written = planner_fit.rewritten_header(
-        text, model, "NVIDIA H100 NVL: " + "many candidates, " * 10 + "mean loss 1.0%"
+        text, model, "NVIDIA H100 NVL: " + "many candidates, " * 10 + "mean loss 1.0%", standalone
     )
-    assert planner_fit.header_values(written) == model
+    assert planner_fit.header_values(written, standalone) == model
+    assert planner_fit.header_values(written, not standalone) == planner_fit.header_values(text, not standalone)
     assert "// Fitted on NVIDIA H100 NVL: many" in written
     assert max(map(len, written.splitlines())) <= 120
     # And back: nothing but the values and that comment is touched, however long the comment was.
-    comment = " ".join(planner_fit.PROVENANCE.findall(text)[0].replace("//", "").split())
+    comment = " ".join(planner_fit.HEADER_PARTS[standalone].provenance.findall(text)[0].replace("//", "").split())
     comment = comment.removeprefix("Fitted on ").removesuffix(".")
-    assert planner_fit.rewritten_header(written, introspection.sm90_model(), comment) == text
-    with pytest.raises(ValueError, match="differ in another, macs_per_cycle"):
-        planner_fit.rewritten_header(text, {"another" if n == "macs_per_cycle" else n: v for n, v in model.items()}, "")
+    assert planner_fit.rewritten_header(written, built, comment, standalone) == text
+    with pytest.raises(ValueError, match="differ in another, launch_cycles"):
+        other = {"another" if name == "launch_cycles" else name: value for name, value in model.items()}
+        planner_fit.rewritten_header(text, other, "", standalone)
     with pytest.raises(ValueError, match="Fitted on"):
-        planner_fit.rewritten_header(text.replace("// Fitted", "// Guessed"), model, "")
+        planner_fit.rewritten_header(text.replace("// Fitted", "// Guessed"), model, "", standalone)
 
 
 def test_the_fit_command_writes_the_header(tmp_path, monkeypatch, capsys):
     pytest.importorskip("scipy")
     truth = {**introspection.sm90_model(), "bandwidth_fraction": 0.5}
-    run = Run(environment={"gpu": {"name": "NVIDIA H100 NVL"}, "planner_device": listed(1, 4096, 4096, -1)[0]})
-    for num_tokens in (1, 64, 300):
-        problem = timed_problem(truth, num_tokens, 4096, 4096, -1)
-        for name, plan, us in zip(problem.names, problem.plans, problem.times, strict=True):
-            row = Measurement("gemm", planner_fit.PREFIXES[True] + name, num_tokens, 4096, 4096, -1, median_us=us)
-            run.measurements.append(dataclasses.replace(row, extra={"plan": plan}))
+    run = sweep_of(*(timed_problem(truth, num_tokens, 4096, 4096, -1) for num_tokens in (1, 64, 300)))
     sweep, header = tmp_path / "sweep.json", tmp_path / "sm90_model.h"
     sweep.write_text(run.to_json())
     header.write_text(HEADER.read_text())
@@ -287,3 +352,20 @@ def test_the_fit_command_writes_the_header(tmp_path, monkeypatch, capsys):
     assert "build first" in capsys.readouterr().err
     (tmp_path / "other.json").write_text(Run().to_json())
     assert tune_planner.main(["fit", str(tmp_path / "other.json")]) == 2
+
+
+def test_a_sweep_of_lone_launches_writes_their_model_alone(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("scipy")
+    truth = {**introspection.sm90_model(True), "depth_wave_cycles": 12000.0}
+    sizes = [(num_tokens, 4096, 4096, 128) for num_tokens in (1, 16, 64)]
+    run = sweep_of(*(timed_problem(truth, *problem, setting=planner_fit.STANDALONE) for problem in sizes))
+    sweep, header = tmp_path / "sweep.json", tmp_path / "sm90_model.h"
+    sweep.write_text(run.to_json())
+    header.write_text(HEADER.read_text())
+    monkeypatch.setattr(tune_planner, "HEADER", header)
+    assert tune_planner.main(["fit", str(sweep), "--starts", "1", "--write"]) == 0
+    written = header.read_text()
+    assert planner_fit.header_values(written) == introspection.sm90_model()
+    assert planner_fit.header_values(written, True) != planner_fit.header_values(HEADER.read_text(), True)
+    assert "// Fitted on NVIDIA H100 NVL: 3 problems, " in written
+    assert "depth_wave_cycles" in capsys.readouterr().out

@@ -28,8 +28,8 @@ VariantOption = Annotated[
     str,
     typer.Option(
         "--variant",
-        help="Variants of our op, comma-separated: default, constant (constant_weights=True), bias, bf16, sm80, sm90, "
-        "tile:NAME, split:COUNT; join parts with +.",
+        help="Variants of our op, comma-separated: default, constant (constant_weights=True), standalone, bias, bf16, "
+        "sm80, sm90, tile:NAME, split:COUNT; join parts with +.",
     ),
 ]
 BaselinesOption = Annotated[
@@ -43,6 +43,9 @@ MethodOption = Annotated[
 ]
 ReplaysOption = Annotated[int, typer.Option(min=3, help="Timed replays of each CUDA graph.")]
 SecondsOption = Annotated[float, typer.Option(help="On a CPU: seconds to time each implementation for.")]
+ServedOption = Annotated[
+    bool, typer.Option("--served", help="Put a kernel of torch's before every layer, as a model does.")
+]
 BiasOption = Annotated[bool, typer.Option("--bias", help="Add a bias.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the random data.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the whole run here.")]

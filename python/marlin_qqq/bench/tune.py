@@ -64,8 +64,12 @@ def ask_candidates(
     group_size: int,
     device: str,
     constant_weights: bool = False,
+    standalone: bool = False,
 ) -> tuple[dict[str, Any], list[Candidate]]:
-    """:func:`parse_candidate_list` of a problem on a GPU. Nothing is launched; the operands are never read."""
+    """:func:`parse_candidate_list` of a problem on a GPU. Nothing is launched; the operands are never read.
+
+    ``standalone``: of a whole layer between other kernels.
+    """
     import torch
 
     import marlin_qqq
@@ -75,20 +79,28 @@ def ask_candidates(
         return torch.empty(shape, dtype=dtype, device=device)
 
     group_scale = (in_features // group_size, out_features) if group_size > 0 else (0,)
+    weights = (
+        empty(in_features // 16, 2 * out_features, dtype=torch.int32),
+        empty(1, out_features, dtype=torch.float32),
+        empty(*group_scale, dtype=torch.float16),
+    )
     try:
-        with overridden_environment({"MARLIN_QQQ_TILE": "list"}):
-            marlin_qqq.marlin_qqq_gemm(
-                empty(num_tokens, in_features, dtype=torch.int8),
-                empty(in_features // 16, 2 * out_features, dtype=torch.int32),
-                empty(num_tokens, 1, dtype=torch.float32),
-                empty(1, out_features, dtype=torch.float32),
-                empty(*group_scale, dtype=torch.float16),
-                marlin_qqq.make_workspace(out_features, device),
-                num_tokens,
-                out_features,
-                in_features,
-                constant_weights=constant_weights,
-            )
+        with overridden_environment({"MARLIN_QQQ_TILE": "list", "MARLIN_QQQ_STANDALONE": str(int(standalone))}):
+            if standalone:
+                x = empty(num_tokens, in_features, dtype=torch.float16)
+                marlin_qqq.marlin_qqq_linear(x, *weights, constant_weights=constant_weights)
+            else:
+                marlin_qqq.marlin_qqq_gemm(
+                    empty(num_tokens, in_features, dtype=torch.int8),
+                    weights[0],
+                    empty(num_tokens, 1, dtype=torch.float32),
+                    *weights[1:],
+                    marlin_qqq.make_workspace(out_features, device),
+                    num_tokens,
+                    out_features,
+                    in_features,
+                    constant_weights=constant_weights,
+                )
     except (RuntimeError, ValueError) as answer:
         return parse_candidate_list(str(answer))
     raise RuntimeError("the op did not answer MARLIN_QQQ_TILE=list: its library is older than this program")

@@ -24,6 +24,7 @@ from marlin_qqq.bench.arguments import (
     ReplaysOption,
     SecondsOption,
     SeedOption,
+    ServedOption,
     ShapeOption,
     TensorParallelOption,
     TokensOption,
@@ -130,12 +131,16 @@ def linear(
     replays: ReplaysOption = 15,
     seconds: SecondsOption = 0.2,
     bias: BiasOption = False,
+    served: ServedOption = False,
     seed: SeedOption = 0,
     json_path: JsonOption = None,
     csv_path: CsvOption = None,
     plot: PlotOption = None,
 ) -> None:
-    """A linear layer as a model runs it: quantise, product, epilogue; beside the product alone (variant "constant")."""
+    """A linear layer as a model runs it: quantise, product, epilogue; beside the product alone (variant "constant").
+
+    With --served every layer comes behind a kernel of torch's, whose own time is the row "between".
+    """
     from marlin_qqq.bench.implementations import parse_baselines
     from marlin_qqq.bench.implementations.layers import linear_implementations
 
@@ -145,7 +150,7 @@ def linear(
         select_tokens(num_tokens, settings),
         select_groups(group_size),
     )
-    chosen = linear_implementations(settings.device, parse_baselines(baselines, settings.device), groups)
+    chosen = linear_implementations(settings.device, parse_baselines(baselines, settings.device), groups, served)
     measure(
         settings,
         len(layers) * len(tokens),
@@ -166,12 +171,16 @@ def layer(
     method: MethodOption = "graph",
     replays: ReplaysOption = 15,
     seconds: SecondsOption = 0.2,
+    served: ServedOption = False,
     seed: SeedOption = 0,
     json_path: JsonOption = None,
     csv_path: CsvOption = None,
     plot: PlotOption = None,
 ) -> None:
-    """The four linears of a decoder layer, one after the other: qkv, o, gate_up, down. Attention is not part of it."""
+    """The four linears of a decoder layer, one after the other: qkv, o, gate_up, down. Attention is not part of it.
+
+    With --served each comes behind a kernel of torch's, all of whose own time is the row "between".
+    """
     from marlin_qqq.bench.implementations import parse_baselines
     from marlin_qqq.bench.implementations.layers import decoder_layer_implementations
     from marlin_qqq.bench.presets import Layer, model_layers
@@ -182,7 +191,7 @@ def layer(
         select_tokens(num_tokens, settings),
         select_groups(group_size),
     )
-    chosen = decoder_layer_implementations(parts, parse_baselines(baselines, settings.device), groups)
+    chosen = decoder_layer_implementations(parts, parse_baselines(baselines, settings.device), groups, served)
     whole = Layer(f"{model} tp{tensor_parallel}", sum(part.out_features for part in parts), parts[0].in_features)
     measure(
         settings,

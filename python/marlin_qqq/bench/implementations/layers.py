@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from marlin_qqq.bench.implementations.base import Bound, Context, Implementation, Unavailable
 from marlin_qqq.bench.implementations.humming import HummingGemm
 from marlin_qqq.bench.implementations.marlin import MarlinGemm
+from marlin_qqq.bench.implementations.served import KernelBetween, Served
 from marlin_qqq.bench.implementations.torch_baselines import ChainedRead, Matmul
 from marlin_qqq.bench.inputs import Activations, make_activations
 from marlin_qqq.bench.presets import Layer
@@ -25,8 +26,8 @@ LINEAR_VARIANT = "constant"
 class MarlinLinear(MarlinGemm):
     """``marlin_qqq_linear`` with constant weights, bias included: what QQQLinear enqueues."""
 
-    def __init__(self, group_size: int) -> None:
-        super().__init__(LINEAR_VARIANT, group_size)
+    def __init__(self, group_size: int, variant: str = LINEAR_VARIANT) -> None:
+        super().__init__(variant, group_size)
         self.name = f"{OURS}:linear"
 
     def bind(self, problem: GemmProblem, activations: Activations, context: Context) -> Bound:
@@ -48,7 +49,7 @@ class MarlinLinear(MarlinGemm):
         first = Activations([activations.x[0]], [quantized], [token_scale])
         reference = context.reference(problem, first, bias=bias)
         extra_bytes = problem.num_tokens * problem.in_features
-        return Bound(launch, reference.compare, problem.bytes_moved + extra_bytes, problem.operations)
+        return Bound(self.overridden(launch), reference.compare, problem.bytes_moved + extra_bytes, problem.operations)
 
 
 class ChainedLinear(ChainedRead):
@@ -107,8 +108,19 @@ class HummingLinear(HummingGemm):
         return replace(bound, launch=launch, check=check, bytes_moved=bound.bytes_moved + extra_bytes)
 
 
-def linear_implementations(device: str, baselines: Sequence[str], group_sizes: Sequence[int]) -> list[Implementation]:
-    """Per group size: the layer and its product alone; then the baselines that have a layer of their own."""
+def linear_implementations(
+    device: str, baselines: Sequence[str], group_sizes: Sequence[int], served: bool = False
+) -> list[Implementation]:
+    """Per group size: the layer and its product alone; then the baselines that have a layer of their own.
+
+    ``served``: the layers behind a kernel of torch's each, which is then timed alone, too.
+    """
+    if served:
+        layers: list[Implementation] = [MarlinLinear(group_size) for group_size in group_sizes]
+        if "humming" in baselines:
+            layers += [HummingLinear(group_size) for group_size in group_sizes]
+        layers += [Matmul(name) for name in baselines if name in ("fp16", "bf16", "fp32")]
+        return [KernelBetween(), *map(Served, layers)]
     chosen: list[Implementation] = []
     for group_size in group_sizes:
         chosen += [MarlinLinear(group_size), MarlinGemm(LINEAR_VARIANT, group_size)]
@@ -180,12 +192,21 @@ class DecoderLayer(Implementation):
 
 
 def decoder_layer_implementations(
-    layers: Sequence[Layer], baselines: Sequence[str], group_sizes: Sequence[int]
+    layers: Sequence[Layer], baselines: Sequence[str], group_sizes: Sequence[int], served: bool = False
 ) -> list[Implementation]:
-    """Our linear layer, Humming's and unquantised matmul, each for the whole decoder layer."""
+    """Our linear layer, Humming's and unquantised matmul, each for the whole decoder layer.
 
-    chosen: list[Implementation] = [DecoderLayer(layers, partial(MarlinLinear, group)) for group in group_sizes]
+    ``served``: every linear behind a kernel of torch's; those kernels are then timed alone, too.
+    """
+    makers: list[Callable[[], Implementation]] = [partial(MarlinLinear, group) for group in group_sizes]
     if "humming" in baselines:
-        chosen += [DecoderLayer(layers, partial(HummingLinear, group)) for group in group_sizes]
-    matmuls = [name for name in baselines if name in ("fp16", "bf16", "fp32")]
-    return chosen + [DecoderLayer(layers, partial(Matmul, name)) for name in matmuls]
+        makers += [partial(HummingLinear, group) for group in group_sizes]
+    makers += [partial(Matmul, name) for name in baselines if name in ("fp16", "bf16", "fp32")]
+    if not served:
+        return [DecoderLayer(layers, make) for make in makers]
+    makers = [KernelBetween, *(partial(_served, make) for make in makers)]
+    return [DecoderLayer(layers, make) for make in makers]
+
+
+def _served(make: Callable[[], Implementation]) -> Implementation:
+    return Served(make())

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from marlin_qqq.bench.implementations.base import Bound, Context, Implementation, Unavailable
 from marlin_qqq.bench.inputs import Activations
 from marlin_qqq.bench.problem import GemmProblem
 from marlin_qqq.bench.results import OURS
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_VARIANT = "default"
 
@@ -29,8 +33,9 @@ def parse_variant(text: str) -> Variant:
     """``"constant+tile:NAME"`` as a Variant.
 
     Parts, joined by ``+``: ``default``, ``constant`` (constant_weights=True, as the linear layer calls the op),
-    ``bias``, ``bf16`` (output type), ``sm80`` or ``sm90`` (the kernel family), ``tile:NAME`` (a tile, or one candidate
-    of the planner: "deep256/1x3/2"), ``split:COUNT``. Raises ValueError for anything else.
+    ``standalone`` (planned for a launch between other kernels, whatever comes before), ``bias``, ``bf16`` (output
+    type), ``sm80`` or ``sm90`` (the kernel family), ``tile:NAME`` (a tile, or one candidate of the planner:
+    "deep256/1x3/2"), ``split:COUNT``. Raises ValueError for anything else.
     """
     variant = Variant()
     for part in text.split("+"):
@@ -39,6 +44,8 @@ def parse_variant(text: str) -> Variant:
             continue
         if key == "constant" and not value:
             variant.constant_weights = True
+        elif key == "standalone" and not value:
+            variant.environment["MARLIN_QQQ_STANDALONE"] = "1"
         elif key == "bias" and not value:
             variant.with_bias = True
         elif key == "bf16" and not value:
@@ -51,8 +58,8 @@ def parse_variant(text: str) -> Variant:
             variant.environment["MARLIN_QQQ_SPLIT"] = value
         else:
             raise ValueError(
-                f"unknown variant {text!r}; parts, joined by '+': default, constant, bias, bf16, sm80, sm90, "
-                "tile:NAME, split:COUNT"
+                f"unknown variant {text!r}; parts, joined by '+': default, constant, standalone, bias, bf16, sm80, "
+                "sm90, tile:NAME, split:COUNT"
             )
     return variant
 
@@ -80,6 +87,17 @@ class MarlinGemm(Implementation):
         self.environment = self.variant.environment
         self.name = OURS if variant == DEFAULT_VARIANT else f"{OURS}:{variant}"
         self.group_size: int = group_size
+
+    def overridden(self, launch: Callable[[int], torch.Tensor]) -> Callable[[int], torch.Tensor]:
+        """The launch under the variant's environment."""
+        if not self.environment:
+            return launch
+
+        def overridden_launch(index: int) -> torch.Tensor:
+            with overridden_environment(self.environment):
+                return launch(index)
+
+        return overridden_launch
 
     def available(self, context: Context) -> None:
         import marlin_qqq.ops  # noqa: F401  registers the ops
@@ -121,11 +139,7 @@ class MarlinGemm(Implementation):
         def run(index: int) -> torch.Tensor:
             return op(*arguments[index % len(arguments)], **keywords)
 
-        def run_overridden(index: int) -> torch.Tensor:
-            with overridden_environment(self.environment):
-                return run(index)
-
-        launch = run_overridden if self.environment else run
+        launch = self.overridden(run)
         try:
             launch(0)
         except (RuntimeError, ValueError) as error:
