@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 pytest.importorskip("matplotlib")
@@ -71,6 +73,19 @@ def test_legends_and_panels_do_not_overlap(run, draw):
         assert not any(box.overlaps(other) for other in boxes[index + 1 :])
     for axes in figure.axes:
         assert axes.get_legend() is None
+    plots.pyplot.close(figure)
+
+
+@pytest.mark.parametrize("tokens", [(1,), (1, 16), TOKENS])
+def test_names_of_layers_under_bars_do_not_overlap(run, tokens):
+    one_layer = [m for m in run.measurements if m.label == "gate_up" and m.num_tokens in tokens]
+    rows = [dataclasses.replace(m, label="", out_features=28672 + 64 * index) for index in range(5) for m in one_layer]
+    figure = plots.speed_up_figure(run, rows)
+    figure.canvas.draw()
+    for axes in figure.axes:
+        names = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert len(names) == 5
+        assert not any(left.overlaps(right) for left, right in zip(names, names[1:], strict=False))
     plots.pyplot.close(figure)
 
 

@@ -164,7 +164,9 @@ def speed_up_figure(run: Run, rows: Sequence[Measurement]) -> Any:
         return None
     shapes = list(dict.fromkeys((m.label, shape_name(m)) for m in ours))
     tokens = _round_tokens(sorted({m.num_tokens for m in ours}))
-    width = max(4.0, 0.2 * len(shapes) * (len(tokens) + 1) + 0.8)
+    letters = max(len(line) for shape in shapes for line in _layer_label(*shape).splitlines())
+    group = max(0.2 * (len(tokens) + 1), LETTER_INCHES * (letters + 2))  # its bars, its name
+    width = max(4.0, group * len(shapes) + 0.8)
     figure, grid = pyplot.subplots(
         len(baselines),
         len(modes),
