@@ -11,11 +11,8 @@
 
 namespace marlin_qqq::cuda {
 
-// Before a launch: whether `stream` is being captured and what comes before is not one of our launches, or is a
-// quantisation of activations that itself comes after none. False where that is not known.
+// LaunchOrder (launch_order.h) by what `stream` says.
 bool stands_alone(cudaStream_t stream);
-
-// After a launch of ours on `stream`. `standalone`: what the next launch is, of which this one is a part.
-void remember_launch(cudaStream_t stream, bool standalone);
+void remember_launch(cudaStream_t stream, bool next_stands_alone);
 
 }  // namespace marlin_qqq::cuda

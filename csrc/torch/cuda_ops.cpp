@@ -188,7 +188,7 @@ class Product {
     };
     check_cuda(
         op_, cuda::launch_gemm(*plan_, problem_, arguments, scratch ? scratch->mutable_data_ptr() : nullptr, stream_));
-    if (plan_->family != plan::Family::kNone) cuda::remember_launch(stream_, /*standalone=*/false);
+    if (plan_->family != plan::Family::kNone) cuda::remember_launch(stream_, /*next_stands_alone=*/false);
   }
 
  private:
