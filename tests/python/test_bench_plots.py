@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -85,7 +86,7 @@ def test_names_of_layers_under_bars_do_not_overlap(run, tokens):
     for axes in figure.axes:
         names = [label.get_window_extent() for label in axes.get_xticklabels()]
         assert len(names) == 5
-        assert not any(left.overlaps(right) for left, right in zip(names, names[1:], strict=False))
+        assert not any(left.overlaps(right) for left, right in itertools.pairwise(names))
     plots.pyplot.close(figure)
 
 
