@@ -11,6 +11,10 @@ constexpr int kLargestSplit = 16;
 // Multiply-adds of a product that takes about a third of a millisecond: there the clock falls within a launch.
 constexpr double kLongProduct = 3e11;
 
+// Beyond this many tokens little of a launch overlaps with its neighbours, and the constants of launches that stand
+// alone are not fitted to it: those of the others rank them.
+constexpr int64_t kMostLoneTokens = 512;
+
 // Clusters of this many blocks that run at once.
 int cluster_slots(const DeviceProperties& device, int cluster_size, int blocks_per_sm) {
   return device.clusters[cluster_size - 1] * blocks_per_sm;
@@ -230,6 +234,11 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
 }
 
 std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties& device) {
+  if (problem.standalone && problem.num_tokens > kMostLoneTokens) {
+    Problem overlapping = problem;
+    overlapping.standalone = false;
+    return sm90_candidates(overlapping, device, kSm90Model);
+  }
   return sm90_candidates(problem, device, sm90_model(problem.standalone));
 }
 

@@ -610,6 +610,26 @@ TEST(Standalone, ItsCandidatesAreRankedByAModelOfTheirOwn) {
   }
 }
 
+// Their model has seen no more than 512 tokens.
+TEST(Standalone, LongProductsAreRankedAsInARow) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  for (const int64_t num_tokens : {513, 1024, 4096, 8192}) {
+    for (const int64_t out_features : {1024, 4096, 28672}) {
+      for (const int group_size : {-1, 128}) {
+        const auto named = [&](bool standalone) {
+          std::vector<std::string> names;
+          for (const Plan& plan : plan::candidates(
+                   {num_tokens, out_features, 4096, group_size, /*quantizes=*/true, true, standalone}, device)) {
+            names.push_back(plan::to_string(plan));
+          }
+          return names;
+        };
+        EXPECT_EQ(named(true), named(false));
+      }
+    }
+  }
+}
+
 // What overlaps with a launch is none of its business then: neither room for the next one nor the promise counts.
 TEST(Standalone, WhatOverlapsDoesNotCount) {
   const DeviceProperties device = plan::reference_device("sm_90");

@@ -70,6 +70,7 @@ int early_stages(const plan::Sm90Tile& tile, const plan::Plan& plan, const plan:
     // The kernel before is on the rest of the device, fetching weights of its own at that moment.
     return plan.leaves_half() && !grouped ? 0 : 1;
   }
+  // Warpgroups must not wait early for more than they dequantise: their mainloop waits for the activations alone.
   if (p.dequantizes_early) return tile.warp_rings() ? tile.stages : tile.stages_ahead(grouped);
   // The last stage of a ring is left, for its weights would stand in front of the first activations.
   if (problem.num_tokens <= 32) return std::min(p.used_stages - 1, grouped && tile.blocks_per_sm == 1 ? 3 : 4);
