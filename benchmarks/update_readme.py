@@ -21,13 +21,13 @@ from goals import judge
 
 from marlin_qqq._files import write_text_atomically
 from marlin_qqq.bench.environment import describe_device
+from marlin_qqq.bench.implementations.served import KernelBetween
 from marlin_qqq.bench.results import OURS, Measurement, Run, load_run
 
 HEADLINE_SHAPES = ((8192, 21760), (28672, 4096), (4096, 4096))
 HEADLINE_TOKENS = (1, 16, 64, 256, 1024, 4096)
 HEADLINE_PEERS = ("humming", "fp8", "fp16")
 LAYER = f"{OURS}:constant"
-BETWEEN = "between"
 NOTHING = "Not measured yet."
 
 
@@ -150,7 +150,7 @@ def served_table(run: Run) -> str:
     lines = [f"| M | {' | '.join(heads)} |", "|--:|" + "--:|" * len(heads)]
     for tokens in dict.fromkeys(m.num_tokens for m in rows):
         times = {(m.implementation, m.group_size): m.median_us for m in rows if m.num_tokens == tokens}
-        between = times.get((BETWEEN, None))
+        between = times.get((KernelBetween.name, None))
         cells = [str(tokens)]
         for m in columns:
             both = times.get((m.implementation, m.group_size))

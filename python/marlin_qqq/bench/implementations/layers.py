@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 LINEAR_VARIANT = "constant"
 
+Maker = Callable[[], Implementation]
+
 
 class MarlinLinear(MarlinGemm):
     """``marlin_qqq_linear`` with constant weights, bias included: what QQQLinear enqueues."""
@@ -116,11 +118,7 @@ def linear_implementations(
     ``served``: the layers behind a kernel of torch's each, which is then timed alone, too.
     """
     if served:
-        layers: list[Implementation] = [MarlinLinear(group_size) for group_size in group_sizes]
-        if "humming" in baselines:
-            layers += [HummingLinear(group_size) for group_size in group_sizes]
-        layers += [Matmul(name) for name in baselines if name in ("fp16", "bf16", "fp32")]
-        return [KernelBetween(), *map(Served, layers)]
+        return [make() for make in _served(_layer_makers(baselines, group_sizes))]
     chosen: list[Implementation] = []
     for group_size in group_sizes:
         chosen += [MarlinLinear(group_size), MarlinGemm(LINEAR_VARIANT, group_size)]
@@ -198,15 +196,22 @@ def decoder_layer_implementations(
 
     ``served``: every linear behind a kernel of torch's; those kernels are then timed alone, too.
     """
-    makers: list[Callable[[], Implementation]] = [partial(MarlinLinear, group) for group in group_sizes]
+    makers = _layer_makers(baselines, group_sizes)
+    return [DecoderLayer(layers, make) for make in (_served(makers) if served else makers)]
+
+
+def _layer_makers(baselines: Sequence[str], group_sizes: Sequence[int]) -> list[Maker]:
+    """Our layer and Humming's per group size, and unquantised matmul."""
+    makers: list[Maker] = [partial(MarlinLinear, group) for group in group_sizes]
     if "humming" in baselines:
         makers += [partial(HummingLinear, group) for group in group_sizes]
-    makers += [partial(Matmul, name) for name in baselines if name in ("fp16", "bf16", "fp32")]
-    if not served:
-        return [DecoderLayer(layers, make) for make in makers]
-    makers = [KernelBetween, *(partial(_served, make) for make in makers)]
-    return [DecoderLayer(layers, make) for make in makers]
+    return makers + [partial(Matmul, name) for name in baselines if name in ("fp16", "bf16", "fp32")]
 
 
-def _served(make: Callable[[], Implementation]) -> Implementation:
+def _served(makers: Sequence[Maker]) -> list[Maker]:
+    """The kernel between alone, then every layer behind it."""
+    return [KernelBetween, *(partial(_behind_a_kernel, make) for make in makers)]
+
+
+def _behind_a_kernel(make: Maker) -> Implementation:
     return Served(make())
