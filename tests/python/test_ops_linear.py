@@ -285,7 +285,7 @@ def test_every_quantizing_launch_has_the_bits_of_the_two_ops(monkeypatch, dtype,
         expected = two_ops(x, *tensors, bias=bias)
         for tile, split in itertools.product(launched, ("1x1", "2x1", "3x1", "5x1", "8x1", "1x2", "1x3", "1x16")):
             monkeypatch.setenv("MARLIN_QQQ_TILE", f"{tile}/{split}/1/quantizing")
-            for constant_weights, standalone in ((False, "0"), (True, "0"), (True, "1")):
+            for constant_weights, standalone in itertools.product((False, True), "01"):
                 monkeypatch.setenv("MARLIN_QQQ_STANDALONE", standalone)
                 try:
                     got = marlin_qqq_linear(x, *tensors, bias=bias, constant_weights=constant_weights)
