@@ -29,10 +29,14 @@ thread_local LaunchOrder launch_order;
 
 }  // namespace
 
-bool stands_alone(cudaStream_t stream) { return launch_order.stands_alone(capture_of(stream)); }
+StreamOrder::StreamOrder(cudaStream_t stream) : stream_(stream) {
+  const Capture capture = capture_of(stream);
+  captured_ = capture.active;
+  stands_alone_ = launch_order.stands_alone(capture);
+}
 
-void remember_launch(cudaStream_t stream, bool next_stands_alone) {
-  launch_order.remember(capture_of(stream), next_stands_alone);
+void StreamOrder::remember_launch(bool next_stands_alone) const {
+  if (captured_) launch_order.remember(capture_of(stream_), next_stands_alone);
 }
 
 }  // namespace marlin_qqq::cuda

@@ -11,8 +11,22 @@
 
 namespace marlin_qqq::cuda {
 
-// LaunchOrder (launch_order.h) by what `stream` says.
-bool stands_alone(cudaStream_t stream);
-void remember_launch(cudaStream_t stream, bool next_stands_alone);
+// A stream as it is when one call of an op begins: LaunchOrder (launch_order.h) by what the stream says. Outside of a
+// capture it is asked once a call, however many launches that makes.
+class StreamOrder {
+ public:
+  explicit StreamOrder(cudaStream_t stream);
+
+  cudaStream_t stream() const { return stream_; }
+  // LaunchOrder::stands_alone of the call's first launch.
+  bool stands_alone() const { return stands_alone_; }
+  // LaunchOrder::remember, after every launch.
+  void remember_launch(bool next_stands_alone) const;
+
+ private:
+  cudaStream_t stream_;
+  bool captured_;
+  bool stands_alone_;
+};
 
 }  // namespace marlin_qqq::cuda

@@ -42,6 +42,7 @@ double standalone_quantization_us(const Problem& problem, const Plan& plan) {
 // a decoder layer of 4096 features took 55 us at two tokens, and 50 with the kernel of its own. Of a launch that does
 // not quantise nothing counts, so that those candidates of a problem keep the order that they have without.
 double quantization_us(const Problem& problem, const DeviceProperties& device, const Plan& plan) {
+  if (problem.standalone) return standalone_quantization_us(problem, plan);
   const bool grouped = problem.group_size > 0;
   const auto tokens = static_cast<double>(problem.num_tokens);
   const double weight_mb = static_cast<double>(problem.out_features * problem.in_features) / 2e6;
@@ -132,9 +133,7 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   const bool grouped = problem.group_size > 0;
   const int cluster_size = plan.split * plan.multicast;
   const int total_split = plan.split * plan.scratch_split;
-  const double quantization = !problem.quantizes   ? 0
-                              : problem.standalone ? standalone_quantization_us(problem, plan)
-                                                   : quantization_us(problem, device, plan);
+  const double quantization = problem.quantizes ? quantization_us(problem, device, plan) : 0;
   if (tile.flows()) return flow_us(problem, device, plan, model) + quantization;
 
   const SliceCycles slice = {

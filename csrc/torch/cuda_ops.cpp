@@ -104,10 +104,10 @@ struct PlanOverrides {
 
 // What the stream says (cuda/stream_order.h), unless MARLIN_QQQ_STANDALONE is set: 1, every launch stands alone; 0,
 // none.
-bool stands_alone(cudaStream_t stream) {
+bool stands_alone(const cuda::StreamOrder& order) {
   const char* standalone = std::getenv("MARLIN_QQQ_STANDALONE");
   if (is_set(standalone)) return integer("MARLIN_QQQ_STANDALONE", standalone, 0, 1) == 1;
-  return cuda::stands_alone(stream);
+  return order.stands_alone();
 }
 
 // Plans of recent problems, one small direct-mapped table a thread: planning costs more than the launch itself, and a
@@ -153,10 +153,10 @@ class PlanCache {
 // Plans and launches a product that has passed the checks.
 class Product {
  public:
-  Product(const char* op, const GemmCall& call, bool quantizes, bool constant_weights, cudaStream_t stream)
-      : op_(op), call_(call), stream_(stream), problem_{call.num_tokens,     call.out_features, call.in_features,
-                                                        call.group_size,     quantizes,         constant_weights,
-                                                        stands_alone(stream)} {
+  Product(const char* op, const GemmCall& call, bool quantizes, bool constant_weights, const cuda::StreamOrder& order)
+      : op_(op), call_(call), order_(order), problem_{call.num_tokens,    call.out_features, call.in_features,
+                                                      call.group_size,    quantizes,         constant_weights,
+                                                      stands_alone(order)} {
     static thread_local PlanCache cache;
     plan_ = &cache.get(problem_, call.device_index);
   }
@@ -186,15 +186,15 @@ class Product {
         call_.output_is_bfloat16 ? cuda::OutputType::kBFloat16 : cuda::OutputType::kFloat16,
         rows,
     };
-    check_cuda(
-        op_, cuda::launch_gemm(*plan_, problem_, arguments, scratch ? scratch->mutable_data_ptr() : nullptr, stream_));
-    if (plan_->family != plan::Family::kNone) cuda::remember_launch(stream_, /*next_stands_alone=*/false);
+    check_cuda(op_, cuda::launch_gemm(*plan_, problem_, arguments, scratch ? scratch->mutable_data_ptr() : nullptr,
+                                      order_.stream()));
+    if (plan_->family != plan::Family::kNone) order_.remember_launch(/*next_stands_alone=*/false);
   }
 
  private:
   const char* op_;
   const GemmCall& call_;
-  cudaStream_t stream_;
+  const cuda::StreamOrder& order_;
   plan::Problem problem_;
   const plan::Plan* plan_;
 };
@@ -208,12 +208,12 @@ Tensor marlin_qqq_gemm_cuda(const Tensor& a, const Tensor& b_q_weight, const Ten
   const DeviceGuard guard(call.device_index);
   const Tensor output = call.empty_output();
   if (call.num_tokens == 0) return output;
-  Product("marlin_qqq_gemm", call, /*quantizes=*/false, constant_weights, current_stream(call.device_index))
-      .launch({}, output);
+  const cuda::StreamOrder order(current_stream(call.device_index));
+  Product("marlin_qqq_gemm", call, /*quantizes=*/false, constant_weights, order).launch({}, output);
   return output;
 }
 
-void quantize(const char* op, const QuantizeCall& call, bool standalone, cudaStream_t stream) {
+void quantize(const char* op, const QuantizeCall& call, bool standalone, const cuda::StreamOrder& order) {
   const TokenRows& rows = call.rows;
   if (rows.num_tokens == 0) return;
   const DtypeCodes& dtypes = dtype_codes();
@@ -223,15 +223,15 @@ void quantize(const char* op, const QuantizeCall& call, bool standalone, cudaStr
   check_cuda(op,
              cuda::launch_quantize_per_token(rows.x.const_data_ptr(), input_type, rows.num_tokens, rows.in_features,
                                              rows.row_stride, static_cast<int8_t*>(call.quantized.mutable_data_ptr()),
-                                             static_cast<float*>(call.token_scale.mutable_data_ptr()), stream));
-  cuda::remember_launch(stream, standalone);
+                                             static_cast<float*>(call.token_scale.mutable_data_ptr()), order.stream()));
+  order.remember_launch(standalone);
 }
 
 std::tuple<Tensor, Tensor> quantize_per_token_cuda(const Tensor& x) {
   const DeviceGuard guard(x.get_device_index());
   const QuantizeCall call = check_quantize_per_token(x);
-  const cudaStream_t stream = current_stream(x.get_device_index());
-  quantize("quantize_per_token", call, stands_alone(stream), stream);
+  const cuda::StreamOrder order(current_stream(x.get_device_index()));
+  quantize("quantize_per_token", call, stands_alone(order), order);
   return {call.quantized, call.token_scale};
 }
 
@@ -244,18 +244,18 @@ Tensor marlin_qqq_linear_cuda(const Tensor& x, const Tensor& b_q_weight, const T
   GemmCall& gemm = call.gemm;
   const Tensor output = call.empty_output();
   if (gemm.num_tokens == 0) return output;
-  const cudaStream_t stream = current_stream(gemm.device_index);
+  const cuda::StreamOrder order(current_stream(gemm.device_index));
 
   const cuda::Rows rows{call.rows.x.const_data_ptr(), call.rows.row_stride, call.rows.dtype == dtype_codes().bfloat16};
   const bool kernel_reads_rows = call.rows.dtype != dtype_codes().float32 &&
                                  reinterpret_cast<uintptr_t>(rows.x) % kAlignment == 0 && rows.stride % 8 == 0;
-  const Product product(op, gemm, kernel_reads_rows, constant_weights, stream);
+  const Product product(op, gemm, kernel_reads_rows, constant_weights, order);
   if (product.takes_rows()) {
     product.launch(rows, output);
     return output;
   }
   const QuantizeCall activations(call.rows);
-  quantize(op, activations, product.standalone(), stream);
+  quantize(op, activations, product.standalone(), order);
   gemm.set_activations(activations);
   product.launch({}, output);
   return output;
