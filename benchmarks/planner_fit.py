@@ -42,14 +42,19 @@ class Setting:
     """How the launches of a sweep are made."""
 
     label: str
-    prefix: str  # of the measured launches' names, before that of the candidate
+    variant: str  # of our op, before the part that forces a candidate
     constant_weights: bool = True
     standalone: bool = False  # whole layers then, each behind a kernel that lets nothing start early
 
+    @property
+    def prefix(self) -> str:
+        """Of the measured launches' names, before that of the candidate."""
+        return f"{OURS}:{self.variant}tile:"
 
-CONSTANT = Setting("", f"{OURS}:constant+tile:")
-WITHOUT_PROMISE = Setting("without promise", f"{OURS}:tile:", constant_weights=False)
-STANDALONE = Setting("standalone", f"{OURS}:standalone+tile:", standalone=True)
+
+CONSTANT = Setting("", "constant+")
+WITHOUT_PROMISE = Setting("without promise", "", constant_weights=False)
+STANDALONE = Setting("standalone", "standalone+", standalone=True)
 SETTINGS = (CONSTANT, WITHOUT_PROMISE, STANDALONE)
 
 

@@ -28,7 +28,7 @@ from goals import judge, time_of
 from marlin_qqq._devices import check_device
 from marlin_qqq._files import write_text_atomically
 from marlin_qqq.bench.implementations import gemm_implementations
-from marlin_qqq.bench.implementations.layers import decoder_layer_implementations, linear_implementations
+from marlin_qqq.bench.implementations.layers import decoder_layer, decoder_layer_implementations, linear_implementations
 from marlin_qqq.bench.implementations.marlin import MarlinGemm
 from marlin_qqq.bench.implementations.quantize import quantize_implementations
 from marlin_qqq.bench.presets import REFERENCE_SHAPES, Layer, model_layers, parse_integers, parse_shape
@@ -152,7 +152,7 @@ def main() -> int:
     if served:
         wanted = [name for name in baselines if name in ("humming", "fp16")]
         layers = decoder_layer_implementations(served, wanted, GROUPS, served=True)
-        whole = Layer(SERVED_MODEL, sum(part.out_features for part in served), served[0].in_features)
+        whole = decoder_layer(SERVED_MODEL, served)
         runner.products([whole], SERVED_TOKENS, layers, operation=SERVED, should_stop=stop)
         session.finish_part(SERVED)
 

@@ -37,7 +37,7 @@ from marlin_qqq.bench.implementations.layers import MarlinLinear
 from marlin_qqq.bench.implementations.marlin import MarlinGemm
 from marlin_qqq.bench.implementations.served import KernelBetween, Served
 from marlin_qqq.bench.presets import REFERENCE_SHAPES, Layer, parse_integers, parse_shape
-from marlin_qqq.bench.results import OURS, Measurement, Run, load_run
+from marlin_qqq.bench.results import Measurement, Run, load_run
 from marlin_qqq.bench.runner import Runner, Settings
 from marlin_qqq.bench.tune import Candidate, ask_candidates
 
@@ -62,7 +62,6 @@ OVERRIDES = (
 )
 # The best candidates of a problem often are one tile with a row of splits, which teach little beyond each other.
 MOST_OF_A_TILE = 3
-QUANTIZING = "/quantizing"  # ends the name of a candidate whose kernel quantises its activations
 MOST_QUANTIZING = 3
 SECONDS_BETWEEN_SAVES = 15.0
 
@@ -75,8 +74,8 @@ def choose_candidates(candidates: Sequence[Candidate], num_tokens: int, limit: i
     That one is the best of the family's tile that wastes the fewest tokens: a model that ranks a family wrong must be
     found out. Of those that quantise their activations the best few come besides.
     """
-    quantizing = [candidate for candidate in candidates if candidate.name.endswith(QUANTIZING)]
-    candidates = [candidate for candidate in candidates if not candidate.name.endswith(QUANTIZING)]
+    quantizing = [candidate for candidate in candidates if candidate.quantizes]
+    candidates = [candidate for candidate in candidates if not candidate.quantizes]
     chosen: list[Candidate] = []
     for candidate in candidates:
         same_tile = sum(other.tile_name == candidate.tile_name for other in chosen)
@@ -202,7 +201,7 @@ class Sweep:
 
     def implementation(self, candidate: Candidate, group_size: int) -> Implementation:
         """What times one candidate in the sweep's setting."""
-        variant = self.setting.prefix.removeprefix(f"{OURS}:").removesuffix("tile:") + candidate.variant
+        variant = self.setting.variant + candidate.variant
         if not self.setting.standalone:
             return MarlinGemm(variant, group_size)
         layer = Served(MarlinLinear(group_size, variant))

@@ -33,6 +33,11 @@ class Candidate:
         return self.name.partition("/")[0]
 
     @property
+    def quantizes(self) -> bool:
+        """Whether the product's kernel quantises the activations."""
+        return self.name.endswith("/quantizing")
+
+    @property
     def variant(self) -> str:
         """The variant of our op that forces this launch."""
         return f"tile:{self.name}"

@@ -182,8 +182,8 @@ def layer(
     With --served each comes behind a kernel of torch's, all of whose own time is the row "between".
     """
     from marlin_qqq.bench.implementations import parse_baselines
-    from marlin_qqq.bench.implementations.layers import decoder_layer_implementations
-    from marlin_qqq.bench.presets import Layer, model_layers
+    from marlin_qqq.bench.implementations.layers import decoder_layer, decoder_layer_implementations
+    from marlin_qqq.bench.presets import model_layers
 
     settings = make_settings(device, dtype, method, replays, seconds, False, seed)
     parts, tokens, groups = (
@@ -192,7 +192,7 @@ def layer(
         select_groups(group_size),
     )
     chosen = decoder_layer_implementations(parts, parse_baselines(baselines, settings.device), groups, served)
-    whole = Layer(f"{model} tp{tensor_parallel}", sum(part.out_features for part in parts), parts[0].in_features)
+    whole = decoder_layer(f"{model} tp{tensor_parallel}", parts)
     measure(
         settings,
         len(tokens),

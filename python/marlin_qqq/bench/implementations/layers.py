@@ -11,7 +11,7 @@ from marlin_qqq.bench.implementations.base import Bound, Context, Implementation
 from marlin_qqq.bench.implementations.humming import HummingGemm
 from marlin_qqq.bench.implementations.marlin import MarlinGemm
 from marlin_qqq.bench.implementations.served import KernelBetween, Served
-from marlin_qqq.bench.implementations.torch_baselines import ChainedRead, Matmul
+from marlin_qqq.bench.implementations.torch_baselines import MATMULS, ChainedRead, Matmul
 from marlin_qqq.bench.inputs import Activations, make_activations
 from marlin_qqq.bench.presets import Layer
 from marlin_qqq.bench.problem import GemmProblem
@@ -126,13 +126,13 @@ def linear_implementations(
             chosen.append(HummingLinear(group_size))
         if "chain" in baselines:
             chosen += [ChainedLinear(group_size), ChainedRead(group_size)]
-    return chosen + [Matmul(name) for name in baselines if name in ("fp16", "bf16", "fp32")]
+    return chosen + [Matmul(name) for name in baselines if name in MATMULS]
 
 
 class DecoderLayer(Implementation):
     """The linears of one decoder layer one after the other, each on its own activations; one launch is all of them."""
 
-    def __init__(self, layers: Sequence[Layer], make: Callable[[], Implementation]) -> None:
+    def __init__(self, layers: Sequence[Layer], make: Maker) -> None:
         self.layers = tuple(layers)
         self.parts = [make() for _ in layers]
         self.name = self.parts[0].name
@@ -200,12 +200,17 @@ def decoder_layer_implementations(
     return [DecoderLayer(layers, make) for make in (_served(makers) if served else makers)]
 
 
+def decoder_layer(name: str, layers: Sequence[Layer]) -> Layer:
+    """The shape under which a decoder layer is measured: all outputs of its linears, and the first one's inputs."""
+    return Layer(name, sum(layer.out_features for layer in layers), layers[0].in_features)
+
+
 def _layer_makers(baselines: Sequence[str], group_sizes: Sequence[int]) -> list[Maker]:
     """Our layer and Humming's per group size, and unquantised matmul."""
     makers: list[Maker] = [partial(MarlinLinear, group) for group in group_sizes]
     if "humming" in baselines:
         makers += [partial(HummingLinear, group) for group in group_sizes]
-    return makers + [partial(Matmul, name) for name in baselines if name in ("fp16", "bf16", "fp32")]
+    return makers + [partial(Matmul, name) for name in baselines if name in MATMULS]
 
 
 def _served(makers: Sequence[Maker]) -> list[Maker]:

@@ -14,6 +14,7 @@ from marlin_qqq.bench.problem import GemmProblem
 if TYPE_CHECKING:
     import torch
 
+MATMULS = ("fp16", "bf16", "fp32")  # torch.mm of unquantised weights, by their type
 # cuBLAS wants more than 16 rows of an int8 product, and multiples of 8 elsewhere.
 SMALLEST_INT_MM_TOKENS = 17
 CHECKED_ROWS = 32
@@ -22,7 +23,7 @@ LARGEST_CHAINED_TOKENS = 64  # a block's part of more rows does not fit its regi
 
 def make(name: str) -> Implementation:
     """The baseline called ``name`` on the command line. Raises ValueError for an unknown name."""
-    if name in ("fp16", "bf16", "fp32"):
+    if name in MATMULS:
         return Matmul(name)
     if name == "int_mm":
         return IntMm()
