@@ -72,25 +72,26 @@ def choose_candidates(candidates: Sequence[Candidate], num_tokens: int, limit: i
     """The ``limit`` best of a problem's candidates, which come best first, and one of every family of tiles.
 
     That one is the best of the family's tile that wastes the fewest tokens: a model that ranks a family wrong must be
-    found out. Of those that quantise their activations the best few come besides.
+    found out. Of those that quantise their activations the best few come besides. What is chosen keeps its order: the
+    planner's own choice comes first.
     """
     quantizing = [candidate for candidate in candidates if candidate.quantizes]
-    candidates = [candidate for candidate in candidates if not candidate.quantizes]
-    chosen: list[Candidate] = []
-    for candidate in candidates:
-        same_tile = sum(other.tile_name == candidate.tile_name for other in chosen)
-        if len(chosen) < limit and same_tile < MOST_OF_A_TILE:
-            chosen.append(candidate)
+    plain = [candidate for candidate in candidates if not candidate.quantizes]
+    best: list[Candidate] = []
+    for candidate in plain:
+        same_tile = sum(other.tile_name == candidate.tile_name for other in best)
+        if len(best) < limit and same_tile < MOST_OF_A_TILE:
+            best.append(candidate)
     families: dict[str, list[Candidate]] = {}
-    for candidate in candidates:
+    for candidate in plain:
         families.setdefault(re.sub(r"\d+$", "", candidate.tile_name), []).append(candidate)
-    for family in families.values():
-        if num_tokens > 4 * max(candidate.tile_tokens for candidate in family):
-            continue  # a family for few tokens, and a large batch
-        nearest = min(family, key=lambda c: (-(-num_tokens // c.tile_tokens) * c.tile_tokens, -c.tile_tokens))
-        if nearest not in chosen:
-            chosen.append(nearest)
-    return chosen + quantizing[:MOST_QUANTIZING]
+    suitable = [
+        min(family, key=lambda c: (-(-num_tokens // c.tile_tokens) * c.tile_tokens, -c.tile_tokens))
+        for family in families.values()
+        if num_tokens <= 4 * max(candidate.tile_tokens for candidate in family)  # else one for few tokens
+    ]
+    chosen = {*best, *suitable, *quantizing[:MOST_QUANTIZING]}
+    return [candidate for candidate in candidates if candidate in chosen]
 
 
 def work_list(shapes: Sequence[Layer], num_tokens: Sequence[int], group_sizes: Sequence[int]) -> list[Work]:

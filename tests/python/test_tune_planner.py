@@ -118,6 +118,16 @@ def test_the_best_are_measured_and_every_family_that_suits(num_tokens, group_siz
         assert any(candidate.tile_name.startswith(family) for candidate in chosen), family
 
 
+@pytest.mark.parametrize("sizes", [(2, 4096, 4096, -1), (8, 28672, 4096, 128)])
+def test_the_own_choice_comes_first_whether_it_quantises_or_not(sizes):
+    _, candidates = listed(*sizes, standalone=True)
+    assert candidates[0].quantizes == (sizes[0] == 2)  # else this test shows nothing
+    chosen = tune_planner.choose_candidates(candidates, sizes[0], 8)
+    assert chosen == [candidate for candidate in candidates if candidate in chosen]
+    assert chosen[0] == candidates[0]
+    assert any(candidate.quantizes for candidate in chosen) and not all(candidate.quantizes for candidate in chosen)
+
+
 def test_a_sweep_that_is_cut_short_covers_all_shapes():
     shapes = [Layer("a", 64, 128), Layer("b", 128, 128)]
     work = tune_planner.work_list(shapes, [1, 2, 3], [-1, 128])
