@@ -79,10 +79,8 @@ double flow_us(const Problem& problem, const DeviceProperties& device, const Pla
   const double most_tiles = plan.split > 1 ? plan.whole_rounds + 1.0 / plan.split : std::ceil(tiles);
   const double tile_cycles = ring_stages * stage_cycles + model.flow_tile_cycles;
   double cycles = most_tiles * tile_cycles;
-  if (!is_exposed(problem)) {
-    cycles -= model.flow_hidden_fraction * (most_tiles - tiles) * tile_cycles;
-    if (plan.split > 1) cycles += model.flow_cluster_cycles;
-  }
+  if (!is_exposed(problem)) cycles -= model.flow_hidden_fraction * (most_tiles - tiles) * tile_cycles;
+  if (plan.split > 1 && (problem.constant_weights || problem.standalone)) cycles += model.flow_cluster_cycles;
   const double bytes_us = problem_bytes(problem) / (model.flow_bandwidth_fraction * device.memory_gb_per_s * 1e3);
   const double cycles_a_us = device.clock_ghz * 1e3;
   const double us =
