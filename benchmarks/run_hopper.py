@@ -145,7 +145,7 @@ def main() -> int:
         runner.products(chosen, EXTRA_TOKENS, [*plain, *extras], operation="epilogue", should_stop=stop)
         session.finish_part("bias and bf16")
     if "linear" in parts:
-        layers = linear_implementations(device, ["chain"], GROUPS)
+        layers = linear_implementations(["chain"], GROUPS)
         narrow = [shape for shape in shapes if shape.in_features <= 8192]
         runner.products(narrow, [1, 16, 32, 64], layers, operation="linear", should_stop=stop)
         session.finish_part("linear")

@@ -406,7 +406,7 @@ def test_a_served_layer_comes_behind_a_kernel_that_writes_its_activations():
 
 
 def test_served_layers_have_the_kernels_own_time_beside_them():
-    names = [implementation.name for implementation in linear_implementations("cpu", ["fp32"], [-1, 128], served=True)]
+    names = [implementation.name for implementation in linear_implementations(["fp32"], [-1, 128], served=True)]
     assert names == ["between", *[f"{OURS}:linear:served"] * 2, "fp32:served"]
     layers = [Layer("a", 64, 128), Layer("b", 128, 256)]
     whole = decoder_layer_implementations(layers, ["fp32"], [128], served=True)
@@ -637,7 +637,7 @@ def test_gemm_on_the_gpu(tmp_path):
 def test_linear_has_the_chain_with_and_without_a_quantisation():
     settings = Settings(device="cuda:0", replays=3)
     runner = Runner(settings)
-    layers = linear_implementations(settings.device, ["chain"], [128])
+    layers = linear_implementations(["chain"], [128])
     runner.products([parse_shape("256x512")], [4], layers, operation="linear")
     times = {m.implementation: m.median_us for m in runner.run.measurements}
     assert list(times) == ["marlin_qqq:linear", "marlin_qqq:constant", "chain:linear", "chain"]

@@ -13,6 +13,7 @@ namespace marlin_qqq::cuda {
 namespace {
 
 constexpr int kMaxThreads = 1024;
+constexpr int kMostVectors = 8;  // of 16 bytes, that a thread holds of a row
 
 // The maximum over the threads of a row: blockDim.x threads, whole warps; threadIdx.y counts rows of the block.
 __device__ __forceinline__ uint32_t row_maximum(uint32_t value) {
@@ -32,14 +33,16 @@ __device__ __forceinline__ uint32_t row_maximum(uint32_t value) {
 template <class T, int kVectors>
 __global__ void __launch_bounds__(kMaxThreads)
     quantize_rows(const T* x, int64_t num_tokens, int64_t in_features, int64_t row_stride, int8_t* quantized,
-                  float* token_scale, bool prefetches) {
+                  float* token_scale) {
   constexpr int kElements = ElementVector<T>::kElements;
   allow_next_kernel();
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool inside = token < num_tokens;
   const int vectors = static_cast<int>(in_features / kElements);
   const uint4* row = reinterpret_cast<const uint4*>(x + (inside ? token : 0) * row_stride);
-  if (prefetches) {
+  // Rows that are not in L2 are on their way there before the kernel before has ended: up to a fifth of the time at 16
+  // to 256 tokens. Many long rows keep the memory bus busy as it is, and took between 8 % less and 10 % more.
+  if (kVectors < kMostVectors || num_tokens <= 192) {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int index = threadIdx.x + i * blockDim.x;
@@ -103,7 +106,7 @@ cudaError_t launch(const T* x, int64_t num_tokens, int64_t in_features, int64_t 
   const int64_t vectors = in_features / kElements;
   const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && row_stride % kElements == 0 &&
                        in_features % kElements == 0 && reinterpret_cast<uintptr_t>(quantized) % 8 == 0;
-  if (!aligned || vectors == 0 || vectors > 8 * kMaxThreads) {
+  if (!aligned || vectors == 0 || vectors > kMostVectors * kMaxThreads) {
     return launch_dependent(quantize_rows_of_any_shape<T>, dim3(static_cast<unsigned>(num_tokens)), dim3(256), 0, 1,
                             stream, x, in_features, row_stride, quantized, token_scale);
   }
@@ -112,17 +115,14 @@ cudaError_t launch(const T* x, int64_t num_tokens, int64_t in_features, int64_t 
   // against 1, 2, 4 and 8 vectors, alone and between products.
   const int64_t most_threads = num_tokens > 64 && vectors <= 2 * kMaxThreads ? kMaxThreads : 512;
   int per_thread = 2;
-  while (per_thread < 8 && divide_up(vectors, per_thread) > most_threads) per_thread *= 2;
+  while (per_thread < kMostVectors && divide_up(vectors, per_thread) > most_threads) per_thread *= 2;
   const auto threads = static_cast<unsigned>(divide_up(divide_up(vectors, per_thread), 32) * 32);
   const unsigned rows = std::max(1u, 128 / threads);
   const dim3 grid(static_cast<unsigned>(divide_up(num_tokens, rows)));
   const dim3 block(threads, rows);
-  // Rows that are not in L2 are on their way there before the kernel before has ended: up to a fifth of the time at 16
-  // to 256 tokens. Many long rows keep the memory bus busy as it is, and took between 8 % less and 10 % more.
-  const bool prefetches = num_tokens <= 192 || per_thread < 8;
   const auto run = [&](auto kernel) {
     return launch_dependent(kernel, grid, block, 0, 1, stream, x, num_tokens, in_features, row_stride, quantized,
-                            token_scale, prefetches);
+                            token_scale);
   };
   switch (per_thread) {
     case 2:
@@ -130,7 +130,7 @@ cudaError_t launch(const T* x, int64_t num_tokens, int64_t in_features, int64_t 
     case 4:
       return run(quantize_rows<T, 4>);
     default:
-      return run(quantize_rows<T, 8>);
+      return run(quantize_rows<T, kMostVectors>);
   }
 }
 

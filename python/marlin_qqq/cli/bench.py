@@ -150,7 +150,7 @@ def linear(
         select_tokens(num_tokens, settings),
         select_groups(group_size),
     )
-    chosen = linear_implementations(settings.device, parse_baselines(baselines, settings.device), groups, served)
+    chosen = linear_implementations(parse_baselines(baselines, settings.device), groups, served)
     measure(
         settings,
         len(layers) * len(tokens),

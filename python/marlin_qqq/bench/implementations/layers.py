@@ -111,7 +111,7 @@ class HummingLinear(HummingGemm):
 
 
 def linear_implementations(
-    device: str, baselines: Sequence[str], group_sizes: Sequence[int], served: bool = False
+    baselines: Sequence[str], group_sizes: Sequence[int], served: bool = False
 ) -> list[Implementation]:
     """Per group size: the layer and its product alone; then the baselines that have a layer of their own.
 
