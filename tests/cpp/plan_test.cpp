@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <set>
 #include <stdexcept>
@@ -399,6 +400,24 @@ TEST(Sm90Candidates, LongProductsTakeNoTurnsAtSmallTiles) {
 
 // The reduction adds what every block between the first and the last of a tile has left in scratch: a block without a
 // part of the shared tiles would leave nothing there.
+// At the power limit, two blocks fetch activations once for both, if there are several rounds of them.
+TEST(Sm90Candidates, LongProductsOfManyTokensShareActivations) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  const auto chosen = [&device](int64_t num_tokens, int64_t out_features, int64_t in_features, int group_size) {
+    return plan::make_plan({num_tokens, out_features, in_features, group_size}, device);
+  };
+  for (const int group_size : {-1, 128}) {
+    for (const auto& [num_tokens, out_features, in_features] :
+         {std::array<int64_t, 3>{4096, 8192, 21760}, {1024, 28672, 4096}, {4096, 4096, 4096}, {2048, 14336, 4096}}) {
+      const Plan plan = chosen(num_tokens, out_features, in_features, group_size);
+      EXPECT_EQ(plan.multicast, 2) << plan::to_string(plan);
+      EXPECT_FALSE(plan::kSm90Tiles[plan.tile].pingpong()) << plan::to_string(plan);
+    }
+    EXPECT_EQ(chosen(1024, 4096, 14336, group_size).multicast, 1);  // one round
+    EXPECT_EQ(chosen(512, 28672, 4096, group_size).multicast, 1);   // few tokens
+  }
+}
+
 TEST_P(EveryArchitecture, BlocksThatShareTilesAllHaveAPart) {
   const DeviceProperties device = plan::reference_device(GetParam());
   int num_uneven = 0;
