@@ -78,7 +78,7 @@ double quantization_us(const Problem& problem, const DeviceProperties& device, c
 bool is_exposed(const Problem& problem) { return !problem.constant_weights || problem.standalone; }
 
 // Part of its time that a launch loses where blocks share activations, and what it wins or loses at the power limit: as
-// measured on an H100 and an H200 on 19 problems of 0.6e11 to 1.9e12 multiply-adds, after a rest and in a row.
+// measured on an H100 and an H200 on 17 problems of 0.6e11 to 1.5e12 multiply-adds, after a rest and in a row.
 double lost_to_neighbours_and_power(const Problem& problem, const Plan& plan, double waves, const Sm90Model& model) {
   constexpr double kMulticastSaving = 0.055;
   constexpr double kMulticastFeatures = 128;
