@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import stat
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from marlin_qqq import packing
 from marlin_qqq._files import check_writable, write_text_atomically
-from marlin_qqq.bench import environment, presets, problem
+from marlin_qqq.bench import environment, presets, problem, results
 from marlin_qqq.bench.compare import compare_runs
 from marlin_qqq.bench.problem import Ceilings, GemmProblem, quantize_bytes
 from marlin_qqq.bench.results import SCHEMA_VERSION, Measurement, Run, load_run
@@ -342,6 +343,38 @@ def test_files_that_are_no_runs_are_refused_by_name(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_run(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_gzipped_run_is_read(tmp_path):
+    run = Run(measurements=[measured(1, 2.5)])
+    path = tmp_path / "run.json.gz"
+    path.write_bytes(gzip.compress(run.to_json().encode()))
+    assert load_run(path) == run
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"{}" * 1000)[:-9], "ended before"),
+        (gzip.compress(b"{}")[:-5] + b"\0\0\0\0\0", "CRC|Incorrect length"),
+        (b"\x1f\x8b not gzip", "compression method"),
+        (gzip.compress(b"\xff\xfe"), "utf-8"),
+    ],
+    ids=["cut off", "checksum", "no gzip", "no text"],
+)
+def test_damaged_gzip_is_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "x.json.gz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"x\.json\.gz cannot be read.*({message})"):
+        load_run(path)
+
+
+def test_gzip_of_more_than_a_run_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "MOST_BYTES", 1000)
+    path = tmp_path / "x.json.gz"
+    path.write_bytes(gzip.compress(b" " * 1001))
+    with pytest.raises(ValueError, match=r"x\.json\.gz cannot be read: it holds more than 1000 bytes"):
+        load_run(path)
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):

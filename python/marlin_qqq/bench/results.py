@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gzip
 import io
 import json
 import reprlib
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ SCHEMA = "marlin-qqq-bench"
 SCHEMA_VERSION = 1
 
 OURS = "marlin_qqq"
+
+GZIP_MAGIC = b"\x1f\x8b"
+MOST_BYTES = 1 << 28  # of a gzipped run, unpacked
 
 
 @dataclass
@@ -185,10 +190,16 @@ def _refuse_constant(name: str) -> Any:
 
 
 def load_run(path: str | Path) -> Run:
-    """Reads a saved run. Raises ValueError that names the file."""
+    """Reads a saved run, plain or gzipped. Raises ValueError that names the file."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+        if content.startswith(GZIP_MAGIC):
+            # A few bytes may stand for more than the memory holds.
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MOST_BYTES + 1)
+            if len(content) > MOST_BYTES:
+                raise ValueError(f"it holds more than {MOST_BYTES} bytes")
+        text = content.decode("utf-8")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     return Run.from_json(text, str(path))
