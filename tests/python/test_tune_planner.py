@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy
 import pytest
@@ -379,3 +380,32 @@ def test_a_sweep_of_lone_launches_writes_their_model_alone(tmp_path, monkeypatch
     assert planner_fit.header_values(written, True) != planner_fit.header_values(HEADER.read_text(), True)
     assert "// Fitted on NVIDIA H100 NVL: 3 problems, " in written
     assert "depth_wave_cycles" in capsys.readouterr().out
+
+
+# The sweeps that the constants come from
+
+SWEEPS = ROOT / "benchmarks" / "results" / "sweeps"
+
+
+def saved_objective(pattern: str) -> planner_fit.Objective:
+    runs = [(path.name, load_run(path)) for path in sorted(SWEEPS.glob(pattern))]
+    return planner_fit.Objective(problem for name, run in runs for problem in planner_fit.problems_of(run, name))
+
+
+def test_the_saved_sweeps_bear_out_what_the_header_says_of_lone_launches():
+    objective = saved_objective("standalone_*.json.gz")
+    comment = planner_fit.HEADER_PARTS[True].provenance.findall(HEADER.read_text())[0]
+    problems, loss = re.search(r"([\d,]+) problems, .* mean loss ([\d.]+)%", comment).groups()
+    assert len(objective.problems) == int(problems.replace(",", ""))
+    assert objective.num_gone < objective.num_points / 100
+    losses = objective.losses(introspection.sm90_model(True)) - 1
+    assert losses.mean() < (float(loss) + 0.05) / 100
+    assert losses.max() < 0.2
+
+
+def test_lone_launches_of_layers_and_a_gpu_that_no_fit_has_seen():
+    fitted = {problem.sizes[1:3] for problem in saved_objective("standalone_*.json.gz").problems}
+    objective = saved_objective("unseen_*.json.gz")
+    assert len(objective.problems) > 100
+    assert not fitted.intersection(problem.sizes[1:3] for problem in objective.problems)
+    assert (objective.losses(introspection.sm90_model(True)) - 1).mean() < 0.015
