@@ -685,6 +685,26 @@ TEST(Standalone, PairTilesHaveAMultiprocessorEach) {
   EXPECT_LE(largest_grid(true), device.num_sms);
 }
 
+// What its quantisation adds to a launch, over a kernel of its own, is another number for every kind of tile.
+TEST(Standalone, EveryKindOfTileHasItsOwnCostOfQuantising) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  const Problem problem = {4, 14336, 4096, 128, /*quantizes=*/true, /*constant_weights=*/true, /*standalone=*/true};
+  std::set<long> nanoseconds;
+  for (const std::string_view tile : {"warp8", "flow8", "quad8", "stream8"}) {
+    std::set<long> of_tile;
+    for (Plan plan : plan::sm90_candidates(problem, device)) {
+      if (plan.tile_name != tile || !plan.quantizes) continue;
+      const double inside = plan::sm90_estimated_us(problem, device, plan, plan::kSm90StandaloneModel);
+      plan.quantizes = false;
+      const double apart = plan::sm90_estimated_us(problem, device, plan, plan::kSm90StandaloneModel);
+      of_tile.insert(std::lround(1e3 * (inside - apart)));
+    }
+    EXPECT_EQ(of_tile.size(), 1u) << tile;
+    nanoseconds.merge(of_tile);
+  }
+  EXPECT_EQ(nanoseconds.size(), 4u);
+}
+
 TEST(Standalone, StagesOnTheirWayAreLimitedUpTo32TokensButOfFewWeightsWithoutGroups) {
   Plan plan;
   plan.resident_blocks = 132;
