@@ -398,8 +398,6 @@ TEST(Sm90Candidates, LongProductsTakeNoTurnsAtSmallTiles) {
   EXPECT_TRUE(has("pingpong160", 4096));
 }
 
-// The reduction adds what every block between the first and the last of a tile has left in scratch: a block without a
-// part of the shared tiles would leave nothing there.
 // At the power limit, two blocks fetch activations once for both, if there are several rounds of them.
 TEST(Sm90Candidates, LongProductsOfManyTokensShareActivations) {
   const DeviceProperties device = plan::reference_device("sm_90");
@@ -418,6 +416,8 @@ TEST(Sm90Candidates, LongProductsOfManyTokensShareActivations) {
   }
 }
 
+// The reduction adds what every block between the first and the last of a tile has left in scratch: a block without a
+// part of the shared tiles would leave nothing there.
 TEST_P(EveryArchitecture, BlocksThatShareTilesAllHaveAPart) {
   const DeviceProperties device = plan::reference_device(GetParam());
   int num_uneven = 0;
