@@ -22,7 +22,7 @@ from marlin_qqq.bench.results import OURS, Run
 Model = dict[str, float]
 
 PLANNER_DEVICE = "planner_device"  # where a run's environment holds the device as the planner sees it
-REGIMES = ((1, 16), (17, 64), (65, 128), (129, 256), (257, 1 << 30))
+REGIMES = ((1, 16), (17, 64), (65, 128), (129, 256), (257, 1024), (1025, 1 << 30))
 
 # What the times' own error weighs beside the loss: without it the fit buys a tenth of a per cent with constants that
 # mean nothing, and ranks candidates it has not seen by them. And what drifting from the start costs a constant that no

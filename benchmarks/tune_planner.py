@@ -17,7 +17,9 @@ new first choice was not measured, build with the new constants, measure into a 
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import random
 import re
 import sys
 import time
@@ -95,9 +97,10 @@ def choose_candidates(candidates: Sequence[Candidate], num_tokens: int, limit: i
 
 
 def work_list(shapes: Sequence[Layer], num_tokens: Sequence[int], group_sizes: Sequence[int]) -> list[Work]:
-    """Every problem. First every other batch size of all shapes: a sweep that is cut short should cover the grid."""
-    halves = (list(num_tokens)[::2], list(num_tokens)[1::2])
-    return [(shape, mode, tokens) for half in halves for shape in shapes for mode in group_sizes for tokens in half]
+    """Every problem, always in the same random order: a sweep that is cut short should cover the grid."""
+    work = [(shape, mode, tokens) for shape in shapes for mode in group_sizes for tokens in num_tokens]
+    random.Random(0).shuffle(work)
+    return work
 
 
 class OwnChoice(Reference):
@@ -166,8 +169,8 @@ class Sweep:
                 if planner_fit.setting_of(m.implementation) == setting
             }
 
-    def measure(self, work: Work, limit: int) -> str:
-        """One problem: what came of it, in a line."""
+    def measure(self, work: Work, limit: int, longest_us: float = math.inf) -> str:
+        """One problem: what came of it, in a line. One that is estimated to take longer is left out."""
         shape, mode, tokens = work
         sizes = (tokens, shape.out_features, shape.in_features, mode)
         if sizes in self.done:
@@ -181,6 +184,8 @@ class Sweep:
         known = self.runner.run.environment.setdefault(planner_fit.PLANNER_DEVICE, device)
         if self.num_before and self.device != known:
             raise ValueError(f"{self.path} was measured on another GPU than this one; give another --json")
+        if candidates[0].estimated_us > longest_us:
+            return f"left out, would take {candidates[0].estimated_us:.0f} us"
         chosen = choose_candidates(candidates, tokens, limit)
         first = len(self.runner.run.measurements)
         implementations = [self.implementation(candidate, mode) for candidate in chosen]
@@ -244,7 +249,7 @@ def measure(arguments: argparse.Namespace) -> int:
             if seconds > arguments.budget:
                 print(f"out of time: {len(todo) - index} of {len(todo)} problems left; the same command goes on")
                 break
-            line = sweep.measure(work, arguments.candidates)
+            line = sweep.measure(work, arguments.candidates, arguments.longest_us)
             shape, mode, tokens = work
             sizes = (tokens, shape.out_features, shape.in_features, mode)
             name = planner_fit.problem_name(sizes, sweep.setting)
@@ -312,6 +317,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     step.add_argument("--group-size", default="-1,128", help="modes")
     step.add_argument(
         "--candidates", type=int, default=8, help="the planner's best to time; of other families one more"
+    )
+    step.add_argument(
+        "--longest-us", type=float, default=math.inf, metavar="US", help="leave out problems estimated to take longer"
     )
     settings = step.add_mutually_exclusive_group()
     settings.add_argument(

@@ -130,12 +130,15 @@ def test_the_own_choice_comes_first_whether_it_quantises_or_not(sizes):
     assert any(candidate.quantizes for candidate in chosen) and not all(candidate.quantizes for candidate in chosen)
 
 
-def test_a_sweep_that_is_cut_short_covers_all_shapes():
-    shapes = [Layer("a", 64, 128), Layer("b", 128, 128)]
-    work = tune_planner.work_list(shapes, [1, 2, 3], [-1, 128])
-    assert len(work) == len(set(work)) == 12
-    assert {shape.name for shape, _, _ in work[:8]} == {"a", "b"}
-    assert {tokens for _, _, tokens in work[:8]} == {1, 3}
+def test_a_sweep_that_is_cut_short_covers_the_grid():
+    shapes = [Layer(str(index), 64 * index, 128) for index in range(1, 31)]
+    batches, modes = list(range(1, 21)), [-1, 128]
+    work = tune_planner.work_list(shapes, batches, modes)
+    assert len(work) == len(set(work)) == 30 * 20 * 2
+    assert work == tune_planner.work_list(shapes, batches, modes)  # the same command goes on
+    quarter = work[: len(work) // 4]
+    assert {shape.name for shape, _, _ in quarter} == {shape.name for shape in shapes}
+    assert {(mode, tokens) for _, mode, tokens in quarter} == {(mode, tokens) for mode in modes for tokens in batches}
 
 
 def test_a_sweep_is_saved_continued_and_read_by_fit(tmp_path, monkeypatch):
@@ -150,7 +153,9 @@ def test_a_sweep_is_saved_continued_and_read_by_fit(tmp_path, monkeypatch):
 
     shape = Layer("128x256", 128, 256)
     first = sweep()
-    assert "own choice" in first.measure((shape, 128, 3), 4)
+    assert "left out" in first.measure((shape, 128, 3), 4, longest_us=0.001)
+    assert not first.runner.run.measurements
+    assert "own choice" in first.measure((shape, 128, 3), 4, longest_us=1e6)
     run = load_run(path)
     assert all(m.check.startswith("exact (planner's own choice") and m.median_us for m in run.measurements)
     again = sweep()
