@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/common/divisor.h"
+#include "cuda/sm90/tile_order.h"
 #include "plan/sm90_tiles.h"
 
 namespace marlin_qqq::cuda::sm90 {
@@ -153,17 +153,11 @@ struct Parameters {
   int stage_count;  // in_features / 128: stages of a whole tile
   int works;        // tiles, or slices of tiles that clusters take
   int whole_works;  // the first of them, which blocks (or those that share activations) take by themselves, in rounds
-  int token_tiles;
-  int feature_groups;    // feature tiles / multicast, rounded up
-  int token_group;       // token tiles that are walked before the next feature group, so that weights meet in L2
-  Divisor per_slice;     // token_tiles * feature_groups: work items of one slice of the inputs
-  Divisor per_group;     // token_group * feature_groups
-  Divisor group_tokens;  // token tiles of a full group,
-  Divisor last_tokens;   // and of the last one
-  int split;             // blocks of a cluster that share a tile's inputs
-  int scratch_split;     // clusters that share a tile's inputs: their sums meet in `scratch`
-  int32_t* scratch;      // [scratch_split][num_tokens][out_features] sums, for the reduction kernel (scratch_split > 1)
-  int multicast;         // blocks of a cluster with neighbouring feature tiles, which share the activations
+  TileOrder order;
+  int split;          // blocks of a cluster that share a tile's inputs
+  int scratch_split;  // clusters that share a tile's inputs: their sums meet in `scratch`
+  int32_t* scratch;   // [scratch_split][num_tokens][out_features] sums, for the reduction kernel (scratch_split > 1)
+  int multicast;      // blocks of a cluster with neighbouring feature tiles, which share the activations
 };
 
 }  // namespace marlin_qqq::cuda::sm90

@@ -83,13 +83,7 @@ struct WorkTile {
 // Tile number `work`, of all its inputs (`whole`) or of this block's slice of them.
 __device__ __forceinline__ WorkTile work_tile(const Parameters& p, int work, bool whole, int block_rank,
                                               int tile_tokens, int tile_features) {
-  const int scratch_rank = p.per_slice.quotient(work);
-  const int in_slice = work - scratch_rank * static_cast<int>(p.per_slice.divisor);
-  const int group = p.per_group.quotient(in_slice);
-  const int in_group = in_slice - group * static_cast<int>(p.per_group.divisor);
-  const Divisor& group_tokens = p.token_tiles - group * p.token_group >= p.token_group ? p.group_tokens : p.last_tokens;
-  const int feature_group = group_tokens.quotient(in_group);
-  const int token_tile = group * p.token_group + in_group - feature_group * static_cast<int>(group_tokens.divisor);
+  const auto [scratch_rank, token_tile, feature_group] = p.order.place(work);
   const int cluster_rank = block_rank / p.multicast;
   const int feature_tile = feature_group * p.multicast + block_rank - cluster_rank * p.multicast;
   const int slices = p.split * p.scratch_split;
@@ -107,7 +101,7 @@ __device__ __forceinline__ WorkTile work_tile(const Parameters& p, int work, boo
 template <class C>
 __device__ __forceinline__ void copy_weights(const Parameters& p, const Ring<C>& ring, int stage, const WorkTile& tile,
                                              int block, uint32_t barrier) {
-  const uint64_t hint = p.token_tiles == 1 ? kEvictFirst : kEvictNormal;  // read once, or once a token tile
+  const uint64_t hint = p.order.token_tiles == 1 ? kEvictFirst : kEvictNormal;  // read once, or once a token tile
 #pragma unroll
   for (int panel = 0; panel < C::kPanels; ++panel) {
     tma_load(&p.weights, ring.weights(stage) + panel * (C::kWeightBytes / C::kPanels), barrier,
