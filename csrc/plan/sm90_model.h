@@ -5,123 +5,133 @@
 namespace marlin_qqq::plan {
 
 // Cycles are of the device's nominal clock; a rate is a multiprocessor's unless it says otherwise.
-// Fitted on NVIDIA H100 80GB HBM3: 1,698 problems, 22,098 candidates, mean loss 1.0%.
+// Fitted on NVIDIA H100 80GB HBM3: 1,859 problems, 18,547 candidates, mean loss 0.7%.
 struct Sm90Model {
   // int8 products of wgmma, a cycle
-  double macs_per_cycle = 3847;
+  double macs_per_cycle = 3845;
   // the same of a warpgroup alone, of two that take turns
-  double turn_macs_per_cycle = 3804;
+  double turn_macs_per_cycle = 4021;
   // bytes from L2 into shared memory, a cycle. This one and the two fractions of the memory bus's rate below are what
   // fits the times best, not what the device does.
-  double feed_bytes_per_cycle = 142.3;
+  double feed_bytes_per_cycle = 481.3;
   // cycles that dequantise an output feature's 128 inputs, per-channel and with group scales
-  double channel_dequant_cycles = 2.215;
-  double group_dequant_cycles = 3.54;
+  double channel_dequant_cycles = 2.395;
+  double group_dequant_cycles = 4.075;
   // order of the norm that joins these three, per-channel and with group scales: how well the units overlap, the
   // larger, the better
-  double channel_unit_norm = 4.489;
-  double group_unit_norm = 2.091;
+  double channel_unit_norm = 5.239;
+  double group_unit_norm = 2.147;
 
   // cycles that a ring's stage takes at least, however idle the multiprocessor is
-  double channel_stage_latency = 361.4;
-  double group_stage_latency = 644.3;
+  double channel_stage_latency = 259.9;
+  double group_stage_latency = 469.5;
   // more of them where a warpgroup has two products of 64 features
-  double channel_product_latency = 1.865;
-  double group_product_latency = 279.8;
+  double channel_product_latency = 2.013;
+  double group_product_latency = 814.5;
   // the same for the rings of single warps, which take all of a tile's features
-  double warp_channel_stage_latency = 775.3;
-  double warp_group_stage_latency = 1537;
+  double warp_channel_stage_latency = 627;
+  double warp_group_stage_latency = 1531;
   // more of them for every further eight tokens
-  double warp_channel_octet_latency = 213.8;
-  double warp_group_octet_latency = 122.1;
+  double warp_channel_octet_latency = 228.2;
+  double warp_group_octet_latency = 148.3;
   // part of the work on a stage that is done while the launch before ends, where it is dequantised early, and of that
   // part what is left where not all blocks of a launch find room beside the one before
-  double ahead_fraction = 0.5205;
-  double ahead_unfit_fraction = 0.2745;
-  // part of these cycles that a stage takes where four warps share a block, of two on a multiprocessor
-  double four_warps_fraction = 1.031;
+  double ahead_fraction = 0.7635;
+  double ahead_unfit_fraction = 0.4571;
+  // part of these cycles that a stage takes where four warps share a block, of two on a multiprocessor, per-channel and
+  // with group scales
+  double four_warps_channel_fraction = 1.133;
+  double four_warps_group_fraction = 1.035;
   // what dequantisation costs such warps, against others
-  double warp_dequant_fraction = 0.7832;
+  double warp_dequant_fraction = 0.7197;
   // and more cycles a stage for every token and 64 features of the tile
-  double stage_latency_per_token = 0.5602;
+  double stage_latency_per_token = 2.561;
   // these cycles where a warp of its own fills the ring, against rings that those who multiply fill
-  double shared_ring_fraction = 0.8565;
+  double shared_ring_fraction = 0.5874;
   // cycles from a stage's request to its arrival: a ring has all its stages on their way at most
-  double memory_latency = 2465;
+  double memory_latency = 2772;
   // order of the norm that joins the stages' latency with the units' work
-  double latency_norm = 7.421;
+  double latency_norm = 9.616;
 
   // cycles of a launch: first bytes to arrive, barriers, the last store
-  double launch_cycles = 2137;
+  double launch_cycles = 1809;
   // cycles of it that are hidden where the next launch's blocks find multiprocessors of their own; where only a part of
   // them does, this fraction of those cycles times that power of the part
-  double neighbour_cycles = 2928;
-  double unfit_fraction = 0.7201;
-  double unfit_power = 0.199;
+  double neighbour_cycles = 2327;
+  double unfit_fraction = 0.7555;
+  double unfit_power = 0.2188;
+  // part of all that is hidden so without constant weights
+  double neighbour_exposed_fraction = 0.8;
   // more cycles that reduce a cluster of two blocks, and for every further block
-  double cluster_reduction_cycles = 1710;
-  double cluster_reduction_per_block = 1057;
+  double cluster_reduction_cycles = 403.4;
+  double cluster_reduction_per_block = 445.4;
   // bytes of sums that a block sends to the others of its cluster, a cycle
-  double exchange_bytes_per_cycle = 19.47;
+  double exchange_bytes_per_cycle = 15.95;
   // the same of blocks whose rings have sums of their own
-  double depth_cluster_cycles = 1261;
-  double depth_cluster_per_block = 184.6;
-  double depth_exchange_bytes_per_cycle = 80.36;
+  double depth_cluster_cycles = 1254;
+  double depth_cluster_per_block = 151.8;
+  double depth_exchange_bytes_per_cycle = 67.71;
   // Of launches without constant weights, or that stand alone, microseconds more for every further block of such a
   // cluster and where the clusters leave another launch no room, and fewer where two warpgroups' rings, or four warps',
   // share a block.
-  double depth_exposed_us = 0.06058;
-  double full_clusters_exposed_us = 0.1;
-  double two_rings_exposed_us = 0.1172;
-  double four_warps_exposed_us = 0.1138;
+  double depth_exposed_us = 0.02079;
+  double full_clusters_exposed_us = 0.04593;
+  double two_rings_exposed_us = 0.03252;
+  double four_warps_exposed_us = 0.03167;
+  // Of eight single warps' rings a block, where a part of the next launch finds room, microseconds more, and without
+  // constant weights besides.
+  double warp_unfit_us = 0.1332;
+  double warp_unfit_exposed_us = 0.2722;
   // Of two blocks a multiprocessor, microseconds more for every round after the first: its blocks start with empty
   // rings, on a part of the device.
-  double two_blocks_round_us = 3.016;
+  double two_blocks_round_us = 0.5311;
   // bytes of the rings' sums added up, a cycle, where they lie in the place of the stages, and beside them, those of
   // warpgroups' and of single warps' rings
-  double reduction_bytes_per_cycle = 30.59;
-  double apart_bytes_per_cycle = 46.33;
-  double warp_apart_bytes_per_cycle = 80.64;
+  double reduction_bytes_per_cycle = 33.29;
+  double apart_bytes_per_cycle = 46.84;
+  double warp_apart_bytes_per_cycle = 138.3;
   // outputs of the last tile that are stored, a cycle
-  double epilogue_outputs_per_cycle = 5.686;
+  double epilogue_outputs_per_cycle = 14.59;
   // cycles between a block's tiles, or around its only one; the same where its rings' sums are added
-  double wave_cycles = 2797;
-  double depth_wave_cycles = 3166;
+  double wave_cycles = 4427;
+  double depth_wave_cycles = 3246;
+  // more of them where a thread has more sums than those of 64 features and 256 tokens
+  double large_wave_cycles = 1739;
   // the same between the tiles of warpgroups that take turns
-  double turn_cycles = 90.54;
+  double turn_cycles = 30.71;
   // microseconds of the second, dependent launch that adds the sums in scratch
-  double reduction_kernel_us = 2.171;
+  double reduction_kernel_us = 1.199;
   // bytes of such sums written and read in L2 by the whole GPU, a microsecond
-  double scratch_bytes_per_us = 4.633e6;
+  double scratch_bytes_per_us = 4.283e6;
   // part of its time that a block waits for each neighbour it shares activations with
-  double multicast_penalty = 0.03031;
+  double multicast_penalty = 0.03931;
 
   // part of the memory bus's rate that a product reaches
-  double bandwidth_fraction = 1.293;
+  double bandwidth_fraction = 1.231;
   // order of the norm that joins the bytes' time with the multiprocessors'
-  double bandwidth_norm = 1.702;
+  double bandwidth_norm = 1.798;
 
   // Tiles whose rings flow on: cycles of a ring's stage, for the first eight tokens, per-channel and with group scales,
   // and for every further eight
-  double flow_channel_stage_cycles = 814.1;
-  double flow_group_stage_cycles = 1956;
-  double flow_channel_octet_cycles = 240.5;
-  double flow_group_octet_cycles = 247.6;
+  double flow_channel_stage_cycles = 1144;
+  double flow_group_stage_cycles = 2167;
+  double flow_channel_octet_cycles = 280;
+  double flow_group_octet_cycles = 273;
   // cycles between a block's tiles
-  double flow_tile_cycles = 2277;
+  double flow_tile_cycles = 2831;
   // Of launches with constant weights, which fetch their first ones where blocks of the launch before are done: part of
-  // the last round's idle time that is not lost for that. Of those and of launches that stand alone: cycles that
-  // clusters lose, whose blocks start together.
-  double flow_hidden_fraction = 0.2871;
-  double flow_cluster_cycles = 2185;
-  // Of launches without constant weights, or that stand alone, microseconds that other tiles lose more: each of their
-  // blocks starts with empty rings.
-  double flow_exposed_us = 0.6;
+  // the last round's idle time that is not lost for that.
+  double flow_hidden_fraction = 0.4942;
+  // cycles that clusters lose, whose blocks start together
+  double flow_cluster_cycles = 2098;
+  // Of launches that stand alone, microseconds that other tiles lose more: each of their blocks starts with empty
+  // rings.
+  double flow_alone_us = 0.6;
   // part of the memory bus's rate, and the order of the norm that joins the bytes' time with the multiprocessors'
-  double flow_bandwidth_fraction = 1.239;
-  double flow_bandwidth_norm = 2.357;
+  double flow_bandwidth_fraction = 1.253;
+  double flow_bandwidth_norm = 3.231;
   // cycles of a launch
-  double flow_launch_cycles = 1776;
+  double flow_launch_cycles = 957.4;
 };
 
 inline constexpr Sm90Model kSm90Model{};
@@ -144,7 +154,8 @@ constexpr Sm90Model standalone_model() {
   model.warp_group_stage_latency = 1731;
   model.warp_channel_octet_latency = 353.7;
   model.warp_group_octet_latency = 540.2;
-  model.four_warps_fraction = 0.5751;
+  model.four_warps_channel_fraction = 0.5751;
+  model.four_warps_group_fraction = 0.5751;
   model.warp_dequant_fraction = 0.819;
   model.stage_latency_per_token = 1.462;
   model.shared_ring_fraction = 0.7313;
@@ -179,7 +190,7 @@ constexpr Sm90Model standalone_model() {
   model.flow_group_octet_cycles = 461.2;
   model.flow_tile_cycles = 2276;
   model.flow_cluster_cycles = 1994;
-  model.flow_exposed_us = 0.2237;
+  model.flow_alone_us = 0.2237;
   model.flow_bandwidth_fraction = 0.9298;
   model.flow_bandwidth_norm = 8.662;
   model.flow_launch_cycles = 7261;
@@ -214,7 +225,8 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"warp_group_octet_latency", &Sm90Model::warp_group_octet_latency},
     {"ahead_fraction", &Sm90Model::ahead_fraction},
     {"ahead_unfit_fraction", &Sm90Model::ahead_unfit_fraction},
-    {"four_warps_fraction", &Sm90Model::four_warps_fraction},
+    {"four_warps_channel_fraction", &Sm90Model::four_warps_channel_fraction},
+    {"four_warps_group_fraction", &Sm90Model::four_warps_group_fraction},
     {"warp_dequant_fraction", &Sm90Model::warp_dequant_fraction},
     {"stage_latency_per_token", &Sm90Model::stage_latency_per_token},
     {"shared_ring_fraction", &Sm90Model::shared_ring_fraction},
@@ -224,6 +236,7 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"neighbour_cycles", &Sm90Model::neighbour_cycles},
     {"unfit_fraction", &Sm90Model::unfit_fraction},
     {"unfit_power", &Sm90Model::unfit_power},
+    {"neighbour_exposed_fraction", &Sm90Model::neighbour_exposed_fraction},
     {"cluster_reduction_cycles", &Sm90Model::cluster_reduction_cycles},
     {"cluster_reduction_per_block", &Sm90Model::cluster_reduction_per_block},
     {"exchange_bytes_per_cycle", &Sm90Model::exchange_bytes_per_cycle},
@@ -234,6 +247,8 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"full_clusters_exposed_us", &Sm90Model::full_clusters_exposed_us},
     {"two_rings_exposed_us", &Sm90Model::two_rings_exposed_us},
     {"four_warps_exposed_us", &Sm90Model::four_warps_exposed_us},
+    {"warp_unfit_us", &Sm90Model::warp_unfit_us},
+    {"warp_unfit_exposed_us", &Sm90Model::warp_unfit_exposed_us},
     {"two_blocks_round_us", &Sm90Model::two_blocks_round_us},
     {"reduction_bytes_per_cycle", &Sm90Model::reduction_bytes_per_cycle},
     {"apart_bytes_per_cycle", &Sm90Model::apart_bytes_per_cycle},
@@ -241,6 +256,7 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"epilogue_outputs_per_cycle", &Sm90Model::epilogue_outputs_per_cycle},
     {"wave_cycles", &Sm90Model::wave_cycles},
     {"depth_wave_cycles", &Sm90Model::depth_wave_cycles},
+    {"large_wave_cycles", &Sm90Model::large_wave_cycles},
     {"turn_cycles", &Sm90Model::turn_cycles},
     {"reduction_kernel_us", &Sm90Model::reduction_kernel_us},
     {"scratch_bytes_per_us", &Sm90Model::scratch_bytes_per_us},
@@ -254,7 +270,7 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"flow_tile_cycles", &Sm90Model::flow_tile_cycles},
     {"flow_cluster_cycles", &Sm90Model::flow_cluster_cycles},
     {"flow_hidden_fraction", &Sm90Model::flow_hidden_fraction},
-    {"flow_exposed_us", &Sm90Model::flow_exposed_us},
+    {"flow_alone_us", &Sm90Model::flow_alone_us},
     {"flow_bandwidth_fraction", &Sm90Model::flow_bandwidth_fraction},
     {"flow_bandwidth_norm", &Sm90Model::flow_bandwidth_norm},
     {"flow_launch_cycles", &Sm90Model::flow_launch_cycles},
