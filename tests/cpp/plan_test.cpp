@@ -359,6 +359,22 @@ TEST(Sm90Candidates, WhichThereAreDoesNotHangOnWhereALaunchStands) {
   }
 }
 
+TEST(Sm90Candidates, SharedRingsAreNotSplitWhereOwnRingsFillTheDevice) {
+  const DeviceProperties device = plan::reference_device("sm_90");
+  const auto splits = [&device](int64_t num_tokens, int64_t out_features) {
+    return std::ranges::any_of(
+        plan::sm90_candidates({num_tokens, out_features, 14336, 128}, device), [](const Plan& candidate) {
+          return candidate.split * candidate.scratch_split > 1 && !plan::kSm90Tiles[candidate.tile].depth_split();
+        });
+  };
+  for (const int64_t out_features : {8192, 4096, 3584}) {  // 128, 2 x 64 and 2 x 56 of 132 multiprocessors
+    EXPECT_FALSE(splits(17, out_features)) << out_features;
+    EXPECT_FALSE(splits(96, out_features)) << out_features;
+    EXPECT_TRUE(splits(97, out_features)) << out_features;
+  }
+  for (const int64_t out_features : {5120, 16384}) EXPECT_TRUE(splits(96, out_features)) << out_features;
+}
+
 TEST(Sm90Candidates, RingsFlowOnWhereThereAreMoreTilesThanMultiprocessors) {
   const DeviceProperties device = plan::reference_device("sm_90");
   const auto flows = [&device](int64_t num_tokens, int64_t out_features, int64_t in_features) {

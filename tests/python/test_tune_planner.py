@@ -401,11 +401,13 @@ def saved_problems(pattern: str) -> list[planner_fit.Problem]:
 
 @pytest.mark.parametrize(("pattern", "standalone"), [("in_row_*.json.gz", False), ("standalone_*.json.gz", True)])
 def test_the_saved_sweeps_bear_out_what_the_header_says(pattern, standalone):
-    objective = planner_fit.Objective(saved_problems(pattern))
+    saved = saved_problems(pattern)
+    objective = planner_fit.Objective(saved)
     comment = planner_fit.HEADER_PARTS[standalone].provenance.findall(HEADER.read_text())[0]
     problems, loss = re.search(r"([\d,]+) problems, .* mean loss ([\d.]+)%", comment.replace("\n// ", " ")).groups()
     assert len(objective.problems) == int(problems.replace(",", ""))
-    assert objective.num_gone < objective.num_points / 100
+    # Of what was measured, the planner leaves out what was the fastest launch nowhere.
+    assert [min(p.times) for p in objective.problems] == [min(p.times) for p in saved]
     losses = objective.losses(introspection.sm90_model(standalone)) - 1
     assert losses.mean() < (float(loss) + 0.05) / 100
     assert losses.max() < 0.2
