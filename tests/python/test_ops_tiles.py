@@ -74,10 +74,12 @@ def test_stages_dequantised_before_the_wait(monkeypatch, group_size, num_tokens,
 
 
 # Without constant weights a launch uses a part of its rings' stages (plan::sm90_used_stages): each goes round several
-# times here, over 64 stages of inputs, also where blocks walk over tiles.
+# times here, over 64 stages of inputs, also where blocks walk over tiles. 5,120 features leave splits of shared rings
+# among the candidates of up to 96 tokens.
 @pytest.mark.parametrize("group_size", [128, -1])
 @pytest.mark.parametrize(
-    "num_tokens, out_features", [(1, 320), (16, 320), (29, 320), (48, 320), (90, 320), (20, 12352)]
+    "num_tokens, out_features",
+    [(1, 320), (16, 320), (29, 320), (48, 320), (90, 320), (55, 5120), (90, 5120), (20, 12352)],
 )
 def test_rings_that_use_a_part_of_their_stages(monkeypatch, group_size, num_tokens, out_features):
     problem = reference.random_problem(num_tokens, out_features, 8192, group_size, seed=num_tokens)
