@@ -108,7 +108,7 @@ def test_token_scales_at_any_offset(monkeypatch, num_tokens):
 
 
 # 33 tiles of 128 features: with up to 17 of tokens, blocks of every multiprocessor walk over several, and a ring of
-# 7 or 8 stages is somewhere else at each one's start. 66 tiles, for those that are for at most 1,024 tokens.
+# 7 or 8 stages is somewhere else at each one's start. 66 tiles, for those of more than 256 tokens.
 @pytest.mark.parametrize("group_size", [128, -1])
 @pytest.mark.parametrize(
     "num_tokens, out_features, in_features",
