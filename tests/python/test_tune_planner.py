@@ -406,8 +406,11 @@ def test_the_saved_sweeps_bear_out_what_the_header_says(pattern, standalone):
     comment = planner_fit.HEADER_PARTS[standalone].provenance.findall(HEADER.read_text())[0]
     problems, loss = re.search(r"([\d,]+) problems, .* mean loss ([\d.]+)%", comment.replace("\n// ", " ")).groups()
     assert len(objective.problems) == int(problems.replace(",", ""))
-    # Of what was measured, the planner leaves out what was the fastest launch nowhere.
+    # Of what was measured, the planner leaves out what was the fastest launch nowhere; and, beyond the few tokens at
+    # which it leaves out splits of shared rings, next to nothing.
     assert [min(p.times) for p in objective.problems] == [min(p.times) for p in saved]
+    many_tokens = planner_fit.Objective(problem for problem in saved if problem.sizes[0] > 96)
+    assert many_tokens.num_gone < many_tokens.num_points / 100
     losses = objective.losses(introspection.sm90_model(standalone)) - 1
     assert losses.mean() < (float(loss) + 0.05) / 100
     assert losses.max() < 0.2
