@@ -16,10 +16,12 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
 double sm90_estimated_us(const Problem& problem, const DeviceProperties& device, const Plan& plan,
                          const Sm90Model& model);
 
+inline int64_t packed_weight_bytes(const Problem& problem) { return problem.out_features * problem.in_features / 2; }
+
 // A launch that stands alone then waits for its activations rather than for its weights.
 inline bool has_few_weights(const Problem& problem) {
   constexpr int64_t kSmallBytes = 16'000'000;
-  return problem.out_features * problem.in_features / 2 <= kSmallBytes;
+  return packed_weight_bytes(problem) <= kSmallBytes;
 }
 
 // Stages of the longest ring of a launch of tiles whose rings share the inputs.

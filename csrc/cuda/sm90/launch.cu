@@ -78,7 +78,8 @@ int early_stages(const plan::Sm90Tile& tile, const plan::Plan& plan, const plan:
   // Rings of three stages do best with one early; per-channel, short rings of four warpgroups are the sooner in a
   // quantisation's way.
   const bool four_rings = tile.rings() == 4;
-  if (grouped) return four_rings && tile.tokens > 64 ? 1 : !tile.depth_split() && tile.tokens <= 80 ? 4 : 2;
+  if (grouped && four_rings) return tile.tokens > 64 ? 1 : 2;
+  if (grouped) return !tile.depth_split() && tile.tokens <= 80 ? 4 : 2;
   if (four_rings && plan::sm90_ring_stages(problem, plan) <= 10) return 2;
   return std::min(plan.leaves_room() ? p.used_stages : p.used_stages - 1, 4);
 }
@@ -108,8 +109,7 @@ void plan_early_fetch(Parameters& p, const plan::Sm90Tile& tile, const plan::Pla
 // weights that come from memory 0 to 2 % more.
 bool features_come_first(const plan::Problem& problem) {
   constexpr int64_t kWeightsInL2 = int64_t{32} << 20;
-  return 8 * problem.num_tokens >= problem.out_features &&
-         problem.out_features * problem.in_features / 2 <= kWeightsInL2;
+  return 8 * problem.num_tokens >= problem.out_features && plan::packed_weight_bytes(problem) <= kWeightsInL2;
 }
 
 }  // namespace
