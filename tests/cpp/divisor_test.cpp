@@ -15,7 +15,11 @@ TEST(DivisorTest, EverySmallPair) {
   for (int d = 1; d <= 600; ++d) {
     const Divisor divisor = Divisor::of(d);
     EXPECT_EQ(divisor.divisor, static_cast<uint32_t>(d));
-    for (int n = 0; n <= 5000; ++n) ASSERT_EQ(divisor.quotient(n), n / d) << n << " / " << d;
+    for (int n = 0; n <= 5000; ++n) {
+      const auto [quotient, remainder] = divisor.divide(n);
+      ASSERT_EQ(quotient, n / d) << n << " / " << d;
+      ASSERT_EQ(remainder, n % d) << n << " % " << d;
+    }
   }
 }
 

@@ -31,6 +31,16 @@ struct Divisor {
 #endif
     return static_cast<int>((high + numerator) >> shift);
   }
+
+  struct Division {
+    int quotient;
+    int remainder;
+  };
+
+  MARLIN_QQQ_HOST_DEVICE Division divide(int n) const {
+    const int whole = quotient(n);
+    return {whole, n - whole * static_cast<int>(divisor)};
+  }
 };
 
 }  // namespace marlin_qqq::cuda

@@ -18,14 +18,13 @@ struct TileOrder {
 
   int token_tiles;
   int feature_groups;  // tiles of features, by those that a cluster takes together
-  int band_tokens;     // token tiles of a band,
-  int patch_features;  // feature groups of a patch; the last band, and the last patch of each, may have fewer
+  int band_tokens;     // token tiles of a band; the last one may have fewer
   Divisor per_slice;   // works of one slice of the inputs,
   Divisor per_band;
   Divisor per_patch;
   Divisor per_last_patch;  // of the last band
-  Divisor patch_row;       // patch_features
-  Divisor last_row;        // of a band's last patch
+  Divisor patch_row;       // feature groups of a patch,
+  Divisor last_row;        // and of a band's last patch
 
   // `side_by_side`: clusters that run at a time.
   static TileOrder of(int token_tiles, int feature_groups, int side_by_side, bool features_first) {
@@ -36,7 +35,6 @@ struct TileOrder {
     return {token_tiles,
             feature_groups,
             band,
-            row,
             Divisor::of(token_tiles * feature_groups),
             Divisor::of(band * feature_groups),
             Divisor::of(band * row),
@@ -52,17 +50,14 @@ struct TileOrder {
   };
 
   MARLIN_QQQ_HOST_DEVICE Place place(int work) const {
-    const int slice = per_slice.quotient(work);
-    const int in_slice = work - slice * static_cast<int>(per_slice.divisor);
-    const int band = per_band.quotient(in_slice);
-    const int in_band = in_slice - band * static_cast<int>(per_band.divisor);
+    const auto [slice, in_slice] = per_slice.divide(work);
+    const auto [band, in_band] = per_band.divide(in_slice);
     const Divisor& patch_size = (band + 1) * band_tokens <= token_tiles ? per_patch : per_last_patch;
-    const int patch = patch_size.quotient(in_band);
-    const int in_patch = in_band - patch * static_cast<int>(patch_size.divisor);
+    const auto [patch, in_patch] = patch_size.divide(in_band);
+    const auto patch_features = static_cast<int>(patch_row.divisor);
     const Divisor& row_size = (patch + 1) * patch_features <= feature_groups ? patch_row : last_row;
-    const int row = row_size.quotient(in_patch);
-    return {slice, band * band_tokens + row,
-            patch * patch_features + in_patch - row * static_cast<int>(row_size.divisor)};
+    const auto [row, in_row] = row_size.divide(in_patch);
+    return {slice, band * band_tokens + row, patch * patch_features + in_row};
   }
 };
 
