@@ -7,6 +7,7 @@ planner's own, through the introspection module. `tune_planner.py fit` is the co
 from __future__ import annotations
 
 import re
+import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import numpy
 
 from marlin_qqq.bench.presets import REFERENCE_SHAPES
-from marlin_qqq.bench.results import OURS, Run
+from marlin_qqq.bench.results import OURS, Measurement, Run
 
 Model = dict[str, float]
 
@@ -32,6 +33,9 @@ DRIFT_WEIGHT = 1e-4
 # What a problem of a reference shape weighs beside one of another shape: those are what people compare kernels on.
 REFERENCE_WEIGHT = 3.0
 LARGEST_FACTOR = 4.0  # from its start, for any constant
+# Times that count are of candidates within this factor of the best one: what an estimate says of others decides
+# nothing, and constants need not bend for them.
+NEAR = 1.6
 # Candidates whose estimates are this close count as nearly tied. The loss of the first one alone is a staircase, on
 # which a gradient sees nothing; a much higher temperature rewards estimates that lie apart, not those that are right.
 TEMPERATURE = 0.005
@@ -114,21 +118,34 @@ def introspection() -> Any:
 
 
 def problems_of(run: Run, origin: str) -> list[Problem]:
-    """The problems of a saved sweep that have two candidates or more to choose between."""
+    """The problems of a saved sweep that have two candidates or more to choose between.
+
+    At the power limit candidates rank otherwise in a burst after a rest than in a row of launches, and neither is
+    wrong: there a candidate's time is the geometric mean of both, and one not measured both ways is left out.
+    """
     if PLANNER_DEVICE not in run.environment:
         raise ValueError(f"{origin} was not saved by `tune_planner.py measure`: its environment has no planner_device")
     device = introspection().DeviceProperties(**run.environment[PLANNER_DEVICE])
-    problems: dict[Any, Problem] = {}
+    measured: dict[Any, dict[str, list[Measurement]]] = {}
     for m in run.measurements:
         setting = setting_of(m.implementation)
-        if not m.median_us or setting is None or m.group_size is None:
-            continue
-        sizes = (m.num_tokens, m.out_features, m.in_features, m.group_size)
-        problem = problems.setdefault((sizes, setting), Problem(sizes, device, [], [], [], setting))
-        problem.names.append(m.implementation.removeprefix(setting.prefix))
-        problem.plans.append(str(m.extra.get("plan", "")))
-        problem.times.append(m.median_us)
-    return [problem for problem in problems.values() if len(problem.times) > 1]
+        if m.median_us and setting is not None and m.group_size is not None:
+            sizes = (m.num_tokens, m.out_features, m.in_features, m.group_size)
+            candidates = measured.setdefault((sizes, setting), {})
+            candidates.setdefault(m.implementation.removeprefix(setting.prefix), []).append(m)
+    problems = []
+    for (sizes, setting), candidates in measured.items():
+        limited = introspection().sm90_is_power_limited(*sizes[:3])
+        problem = Problem(sizes, device, [], [], [], setting)
+        for name, rows in candidates.items():
+            times = [row.median_us for row in rows if row.median_us and (limited or row.method != "sustained")]
+            if len(times) == (2 if limited else 1):
+                problem.names.append(name)
+                problem.plans.append(str(rows[0].extra.get("plan", "")))
+                problem.times.append(statistics.geometric_mean(times))
+        if len(problem.times) > 1:
+            problems.append(problem)
+    return problems
 
 
 def setting_of(implementation: str) -> Setting | None:
@@ -166,6 +183,7 @@ class Objective:
         self.filled = numpy.arange(counts.max()) < counts[:, None]
         self.times = self._table([time for problem in self.problems for time in problem.times])
         self.relative_times = self.times / self.times.min(axis=1, keepdims=True)
+        self.near = self.filled & (self.relative_times < NEAR)
         reference = {(shape.out_features, shape.in_features) for shape in REFERENCE_SHAPES}
         self.weights = numpy.array(
             [REFERENCE_WEIGHT if problem.sizes[1:3] in reference else 1.0 for problem in self.problems]
@@ -204,12 +222,12 @@ class Objective:
         weights /= weights.sum(axis=1, keepdims=True)
         losses = (weights * numpy.where(self.filled, self.relative_times, 0.0)).sum(axis=1)
         loss = self.weighted_mean(losses) - 1
-        errors = logarithms[self.filled] - numpy.log(self.times[self.filled])
+        errors = logarithms[self.near] - numpy.log(self.times[self.near])
         return float(loss + TIMES_WEIGHT * (errors**2).mean())
 
     def errors(self, model: Model) -> numpy.ndarray:
-        """The times' logarithmic errors: 0.1 is about ten per cent."""
-        return numpy.log(self.estimates(model)[self.filled] / self.times[self.filled])
+        """The logarithmic errors of the times that count: 0.1 is about ten per cent."""
+        return numpy.log(self.estimates(model)[self.near] / self.times[self.near])
 
     def time_error(self, model: Model) -> float:
         return float(numpy.sqrt((self.errors(model) ** 2).mean()))
@@ -280,7 +298,9 @@ def fit(
         return numpy.concatenate([objective.errors(model_at(x)), 0.1 * x])
 
     zero = numpy.zeros(len(names))
-    times_fitted = least_squares(errors, zero, bounds=(-bound, bound), max_nfev=40).x
+    # A tenth and more off is for the model to know, not for a constant: such errors weigh less than by their square.
+    robust = {"loss": "soft_l1", "f_scale": 0.05}
+    times_fitted = least_squares(errors, zero, bounds=(-bound, bound), max_nfev=40, **robust).x
     progress(f"times: error {objective.time_error(start):.1%} -> {objective.time_error(model_at(times_fitted)):.1%}")
     random = numpy.random.default_rng(seed)
     starts = [zero, times_fitted]

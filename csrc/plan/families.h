@@ -16,6 +16,10 @@ std::vector<Plan> sm90_candidates(const Problem& problem, const DeviceProperties
 double sm90_estimated_us(const Problem& problem, const DeviceProperties& device, const Plan& plan,
                          const Sm90Model& model);
 
+// Whether a launch runs at the power limit: from a twentieth of a millisecond and many tokens on, the clock is what
+// that leaves, and lower in a row of such launches than in a burst after a rest.
+bool sm90_is_power_limited(const Problem& problem);
+
 inline int64_t packed_weight_bytes(const Problem& problem) { return problem.out_features * problem.in_features / 2; }
 
 // A launch that stands alone then waits for its activations rather than for its weights.

@@ -15,13 +15,6 @@ double multiply_adds(const Problem& problem) {
   return static_cast<double>(problem.num_tokens) * problem.out_features * problem.in_features;
 }
 
-// From a twentieth of a millisecond on, products of many tokens run at the power limit: the clock is what it leaves.
-bool is_power_limited(const Problem& problem) {
-  constexpr int64_t kManyTokens = 1024;
-  constexpr double kProducts = 6.5e10;
-  return problem.num_tokens >= kManyTokens && multiply_adds(problem) > kProducts;
-}
-
 // Beyond this many tokens little of a launch overlaps with its neighbours, and the constants of launches that stand
 // alone are not fitted to it: those of the others rank them.
 constexpr int64_t kMostLoneTokens = 512;
@@ -89,22 +82,19 @@ double quantization_us(const Problem& problem, const DeviceProperties& device, c
 // Whether nothing of a launch's beginning is hidden: no weights are on their way while the launch before ends.
 bool is_exposed(const Problem& problem) { return !problem.constant_weights || problem.standalone; }
 
-// Part of its time that a launch loses where blocks share activations, and what it wins or loses at the power limit: as
-// measured on an H100 and an H200 on 17 problems of 0.6e11 to 1.5e12 multiply-adds, after a rest and in a row.
+// Part of its time that a launch loses where blocks share activations, and what it wins or loses at the power limit.
 double lost_to_neighbours_and_power(const Problem& problem, const Plan& plan, double waves, const Sm90Model& model) {
-  constexpr double kMulticastSaving = 0.065;
   constexpr double kMulticastFeatures = 128;
-  constexpr double kTurnsLoss = 0.065;
   const Sm90Tile& tile = kSm90Tiles[plan.tile];
   const double waiting = model.multicast_penalty * (plan.multicast - 1);
-  if (!is_power_limited(problem)) return waiting;
-  // Turns keep shared memory busy in every cycle: against other tiles they lose 1 to 11 % more in a row of launches
-  // than in a burst after a rest, which is what constants are fitted to. This is about the middle of the two.
-  if (tile.pingpong()) return waiting + kTurnsLoss;
+  if (!sm90_is_power_limited(problem)) return waiting;
+  // Turns keep shared memory busy in every cycle: in a row of launches they lose more against other tiles than in a
+  // burst after a rest.
+  if (tile.pingpong()) return waiting + (plan.multicast > 1 ? model.shared_turns_power_loss : model.turns_power_loss);
   // What is sent to several blocks comes from L2 once; that is the more a product, the fewer features a block has. In
   // the first round it saved nothing.
   const double copies_saved = 2 * (1 - 1.0 / plan.multicast);
-  return waiting - kMulticastSaving * copies_saved * kMulticastFeatures / tile.features() * (1 - 1 / waves);
+  return waiting - model.multicast_power_saving * copies_saved * kMulticastFeatures / tile.features() * (1 - 1 / waves);
 }
 
 // Of rings that flow on from tile to tile: they wait for the memory bus or for the fullest multiprocessor's work.
@@ -130,6 +120,12 @@ double flow_us(const Problem& problem, const DeviceProperties& device, const Pla
 }
 
 }  // namespace
+
+bool sm90_is_power_limited(const Problem& problem) {
+  constexpr int64_t kManyTokens = 1024;
+  constexpr double kProducts = 6.5e10;
+  return problem.num_tokens >= kManyTokens && multiply_adds(problem) > kProducts;
+}
 
 int64_t sm90_ring_stages(const Problem& problem, const Plan& plan) {
   const int rings = kSm90Tiles[plan.tile].rings() * plan.split * plan.scratch_split;
@@ -178,7 +174,9 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   const SliceCycles slice = {
       features * tokens * 128 / (tile.pingpong() ? model.turn_macs_per_cycle : model.macs_per_cycle),
       features * (grouped ? model.group_dequant_cycles : model.channel_dequant_cycles) *
-          (tile.warp_rings() ? model.warp_dequant_fraction : 1.0),
+          (tile.warp_rings() ? model.warp_dequant_fraction
+           : tile.blocks > 1 ? model.two_products_dequant_fraction
+                             : 1.0),
       (tokens * 128 / plan.multicast + features * 64) / model.feed_bytes_per_cycle};
   const int64_t works = tile.token_tiles(problem.num_tokens) *
                         tile.feature_groups(problem.out_features, plan.multicast) * plan.scratch_split;
@@ -204,11 +202,15 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   const double rings_fraction = tile.four_warps()
                                     ? (grouped ? model.four_warps_group_fraction : model.four_warps_channel_fraction)
                                 : tile.depth_split() ? 1.0
-                                                     : model.shared_ring_fraction;
+                                : grouped            ? model.shared_ring_group_fraction
+                                                     : model.shared_ring_channel_fraction;
   const double latency =
       std::max(((grouped ? group_latency : channel_latency) + model.stage_latency_per_token * tokens * tile.blocks) *
                    rings_fraction,
                model.memory_latency / tile.stages);
+  const double unit_norm = !grouped             ? model.channel_unit_norm
+                           : tile.depth_split() ? model.group_unit_norm
+                                                : model.shared_ring_group_unit_norm;
   const auto ring_stages = static_cast<double>(sm90_ring_stages(problem, plan));
   // How much of another launch finds multiprocessors beside this one. Where its blocks do not all, the launch ends with
   // those that start late.
@@ -221,8 +223,7 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   // Of a ring's stages, what is dequantised while the launch before ends, by all blocks or by those that find room.
   const double ahead = std::min<double>(ring_stages, sm90_stages_ahead(problem, plan)) *
                        (fits_beside ? 1.0 : model.ahead_unfit_fraction);
-  const double mainloop = norm((whole_stages + last_rounds * stages) *
-                                   overlapped(slice, grouped ? model.group_unit_norm : model.channel_unit_norm),
+  const double mainloop = norm((whole_stages + last_rounds * stages) * overlapped(slice, unit_norm),
                                (whole_stages + last_waves * ring_stages) * latency, model.latency_norm) *
                           (1 - std::min(model.ahead_fraction * ahead / ring_stages, 1.0));
 
@@ -250,7 +251,10 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   }
   // Half a grid: two launches share the multiprocessors, and one fetches its weights while the other multiplies. Of
   // more than half, a part of the next launch's blocks does.
-  tail -= model.neighbour_cycles * beside * (problem.constant_weights ? 1.0 : model.neighbour_exposed_fraction);
+  const double hidden = problem.constant_weights ? 1.0
+                        : tile.four_warps()      ? model.four_warps_neighbour_exposed_fraction
+                                                 : model.neighbour_exposed_fraction;
+  tail -= model.neighbour_cycles * beside * hidden;
   // Warpgroups that take turns hide it behind each other's products, but for the last one.
   const double waves = whole_rounds + last_waves;
   const double endings =
@@ -259,17 +263,22 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   const double compute_us =
       (mainloop + endings) / cycles_a_us * (1 + lost_to_neighbours_and_power(problem, plan, waves, model));
   const double bytes_us = problem_bytes(problem) / (model.bandwidth_fraction * device.memory_gb_per_s * 1e3);
-  double us = norm(compute_us, bytes_us, model.bandwidth_norm) + tail / cycles_a_us;
+  const double bandwidth_norm = tile.blocks_per_sm == 2 ? model.two_blocks_bandwidth_norm : model.bandwidth_norm;
+  double us = norm(compute_us, bytes_us, bandwidth_norm) + tail / cycles_a_us;
   if (plan.scratch_split > 1) {
     const double sums = 8.0 * plan.scratch_split * static_cast<double>(problem.num_tokens) * problem.out_features;
     us += model.reduction_kernel_us + sums / model.scratch_bytes_per_us;
+    if (!problem.constant_weights && !problem.standalone) us += model.reduction_exposed_us;
   }
   // Of eight single warps' rings a block, which have little else to do, what starts late costs more than that.
   if (tile.warp_rings() && !tile.four_warps() && counts && !fits_beside && works < slots) {
     us += model.warp_unfit_us;
     if (!problem.constant_weights) us += model.warp_unfit_exposed_us;
   }
-  if (tile.blocks_per_sm == 2) us += model.two_blocks_round_us * (last_waves - 1);
+  // Rings of their own are empty when a block of a later round starts; another block beside it hides some of that.
+  if (tile.depth_split()) {
+    us += (tile.blocks_per_sm == 2 ? model.two_blocks_round_us : model.own_rings_round_us) * (last_waves - 1);
+  }
   if (is_exposed(problem) && tile.depth_split()) {
     us += model.depth_exposed_us * (plan.split - 1);
     if (plan.split > 1 && !plan.leaves_room()) us += model.full_clusters_exposed_us;

@@ -5,133 +5,147 @@
 namespace marlin_qqq::plan {
 
 // Cycles are of the device's nominal clock; a rate is a multiprocessor's unless it says otherwise.
-// Fitted on NVIDIA H100 80GB HBM3: 1,859 problems, 17,624 candidates, mean loss 0.7%.
+// Fitted on NVIDIA H100 80GB HBM3 and NVIDIA H200: 2,911 problems, 24,186 candidates, mean loss 0.8%.
 struct Sm90Model {
   // int8 products of wgmma, a cycle
-  double macs_per_cycle = 3845;
+  double macs_per_cycle = 3687;
   // the same of a warpgroup alone, of two that take turns
-  double turn_macs_per_cycle = 4021;
+  double turn_macs_per_cycle = 3760;
   // bytes from L2 into shared memory, a cycle. This one and the two fractions of the memory bus's rate below are what
   // fits the times best, not what the device does.
-  double feed_bytes_per_cycle = 481.3;
+  double feed_bytes_per_cycle = 3151;
   // cycles that dequantise an output feature's 128 inputs, per-channel and with group scales
-  double channel_dequant_cycles = 2.395;
-  double group_dequant_cycles = 4.075;
-  // order of the norm that joins these three, per-channel and with group scales: how well the units overlap, the
-  // larger, the better
-  double channel_unit_norm = 5.239;
-  double group_unit_norm = 2.147;
+  double channel_dequant_cycles = 2.67;
+  double group_dequant_cycles = 3.812;
+  // order of the norm that joins these three, per-channel and with group scales, and with them where all warpgroups
+  // have one ring: how well the units overlap, the larger, the better
+  double channel_unit_norm = 6.466;
+  double group_unit_norm = 1.882;
+  double shared_ring_group_unit_norm = 6.594;
 
   // cycles that a ring's stage takes at least, however idle the multiprocessor is
-  double channel_stage_latency = 259.9;
-  double group_stage_latency = 469.5;
+  double channel_stage_latency = 332.5;
+  double group_stage_latency = 532.4;
   // more of them where a warpgroup has two products of 64 features
-  double channel_product_latency = 2.013;
-  double group_product_latency = 814.5;
+  double channel_product_latency = 1.147;
+  double group_product_latency = 416.7;
   // the same for the rings of single warps, which take all of a tile's features
-  double warp_channel_stage_latency = 627;
-  double warp_group_stage_latency = 1531;
+  double warp_channel_stage_latency = 908.7;
+  double warp_group_stage_latency = 1526;
   // more of them for every further eight tokens
-  double warp_channel_octet_latency = 228.2;
-  double warp_group_octet_latency = 148.3;
+  double warp_channel_octet_latency = 209.8;
+  double warp_group_octet_latency = 118.8;
   // part of the work on a stage that is done while the launch before ends, where it is dequantised early, and of that
   // part what is left where not all blocks of a launch find room beside the one before
-  double ahead_fraction = 0.7635;
-  double ahead_unfit_fraction = 0.4571;
+  double ahead_fraction = 0.5371;
+  double ahead_unfit_fraction = 0.3405;
   // part of these cycles that a stage takes where four warps share a block, of two on a multiprocessor, per-channel and
   // with group scales
-  double four_warps_channel_fraction = 1.133;
-  double four_warps_group_fraction = 1.035;
-  // what dequantisation costs such warps, against others
-  double warp_dequant_fraction = 0.7197;
+  double four_warps_channel_fraction = 1.001;
+  double four_warps_group_fraction = 0.9965;
+  // what dequantisation costs single warps' rings, against others, and warpgroups with two products of 64 features
+  double warp_dequant_fraction = 0.6657;
+  double two_products_dequant_fraction = 0.9701;
   // and more cycles a stage for every token and 64 features of the tile
-  double stage_latency_per_token = 2.561;
-  // these cycles where a warp of its own fills the ring, against rings that those who multiply fill
-  double shared_ring_fraction = 0.5874;
+  double stage_latency_per_token = 1.908;
+  // these cycles where a warp of its own fills the ring, against rings that those who multiply fill, per-channel and
+  // with group scales
+  double shared_ring_channel_fraction = 0.6558;
+  double shared_ring_group_fraction = 0.9889;
   // cycles from a stage's request to its arrival: a ring has all its stages on their way at most
-  double memory_latency = 2772;
+  double memory_latency = 2846;
   // order of the norm that joins the stages' latency with the units' work
-  double latency_norm = 9.616;
+  double latency_norm = 9.278;
 
   // cycles of a launch: first bytes to arrive, barriers, the last store
-  double launch_cycles = 1809;
+  double launch_cycles = 1054;
   // cycles of it that are hidden where the next launch's blocks find multiprocessors of their own; where only a part of
   // them does, this fraction of those cycles times that power of the part
-  double neighbour_cycles = 2327;
-  double unfit_fraction = 0.7555;
-  double unfit_power = 0.2188;
-  // part of all that is hidden so without constant weights
-  double neighbour_exposed_fraction = 0.8;
+  double neighbour_cycles = 2432;
+  double unfit_fraction = 0.6819;
+  double unfit_power = 0.2943;
+  // part of all that is hidden so without constant weights, and where four warps share a block
+  double neighbour_exposed_fraction = 0.7233;
+  double four_warps_neighbour_exposed_fraction = 0.3782;
   // more cycles that reduce a cluster of two blocks, and for every further block
-  double cluster_reduction_cycles = 403.4;
-  double cluster_reduction_per_block = 445.4;
+  double cluster_reduction_cycles = 395.6;
+  double cluster_reduction_per_block = 357.2;
   // bytes of sums that a block sends to the others of its cluster, a cycle
-  double exchange_bytes_per_cycle = 15.95;
+  double exchange_bytes_per_cycle = 11.79;
   // the same of blocks whose rings have sums of their own
-  double depth_cluster_cycles = 1254;
-  double depth_cluster_per_block = 151.8;
-  double depth_exchange_bytes_per_cycle = 67.71;
+  double depth_cluster_cycles = 1312;
+  double depth_cluster_per_block = 57.93;
+  double depth_exchange_bytes_per_cycle = 52.37;
   // Of launches without constant weights, or that stand alone, microseconds more for every further block of such a
   // cluster and where the clusters leave another launch no room, and fewer where two warpgroups' rings, or four warps',
   // share a block.
-  double depth_exposed_us = 0.02079;
-  double full_clusters_exposed_us = 0.04593;
-  double two_rings_exposed_us = 0.03252;
-  double four_warps_exposed_us = 0.03167;
+  double depth_exposed_us = 0.0193;
+  double full_clusters_exposed_us = 0.1077;
+  double two_rings_exposed_us = 0.05043;
+  double four_warps_exposed_us = 0.006268;
   // Of eight single warps' rings a block, where a part of the next launch finds room, microseconds more, and without
   // constant weights besides.
-  double warp_unfit_us = 0.1332;
-  double warp_unfit_exposed_us = 0.2722;
-  // Of two blocks a multiprocessor, microseconds more for every round after the first: its blocks start with empty
-  // rings, on a part of the device.
-  double two_blocks_round_us = 0.5311;
+  double warp_unfit_us = 0.3299;
+  double warp_unfit_exposed_us = 0.1452;
+  // Microseconds more for every round after the first, whose blocks start with empty rings: where two share a
+  // multiprocessor, and where one has it alone.
+  double two_blocks_round_us = 0.1573;
+  double own_rings_round_us = 0.2;
   // bytes of the rings' sums added up, a cycle, where they lie in the place of the stages, and beside them, those of
   // warpgroups' and of single warps' rings
-  double reduction_bytes_per_cycle = 33.29;
-  double apart_bytes_per_cycle = 46.84;
-  double warp_apart_bytes_per_cycle = 138.3;
+  double reduction_bytes_per_cycle = 36.17;
+  double apart_bytes_per_cycle = 50.22;
+  double warp_apart_bytes_per_cycle = 400.1;
   // outputs of the last tile that are stored, a cycle
-  double epilogue_outputs_per_cycle = 14.59;
+  double epilogue_outputs_per_cycle = 8.258;
   // cycles between a block's tiles, or around its only one; the same where its rings' sums are added
-  double wave_cycles = 4427;
-  double depth_wave_cycles = 3246;
+  double wave_cycles = 4082;
+  double depth_wave_cycles = 3829;
   // more of them where a thread has more sums than those of 64 features and 256 tokens
-  double large_wave_cycles = 1739;
+  double large_wave_cycles = 1044;
   // the same between the tiles of warpgroups that take turns
-  double turn_cycles = 30.71;
+  double turn_cycles = 200.4;
   // microseconds of the second, dependent launch that adds the sums in scratch
-  double reduction_kernel_us = 1.199;
+  double reduction_kernel_us = 1.644;
+  // and more of it in a row of launches without constant weights
+  double reduction_exposed_us = 0.1042;
   // bytes of such sums written and read in L2 by the whole GPU, a microsecond
-  double scratch_bytes_per_us = 4.283e6;
+  double scratch_bytes_per_us = 4.535e6;
+  // At the power limit, parts of its time: what a launch saves whose blocks share activations, by the bytes of a
+  // product of 128 features; and what one whose warpgroups take turns loses, alone and where blocks share activations.
+  double multicast_power_saving = 0.08136;
+  double turns_power_loss = 0.1501;
+  double shared_turns_power_loss = 0.04696;
   // part of its time that a block waits for each neighbour it shares activations with
-  double multicast_penalty = 0.03931;
+  double multicast_penalty = 0.03357;
 
   // part of the memory bus's rate that a product reaches
   double bandwidth_fraction = 1.231;
-  // order of the norm that joins the bytes' time with the multiprocessors'
-  double bandwidth_norm = 1.798;
+  // order of the norm that joins the bytes' time with the multiprocessors', and where two blocks share one
+  double bandwidth_norm = 1.901;
+  double two_blocks_bandwidth_norm = 1.849;
 
   // Tiles whose rings flow on: cycles of a ring's stage, for the first eight tokens, per-channel and with group scales,
   // and for every further eight
-  double flow_channel_stage_cycles = 1144;
-  double flow_group_stage_cycles = 2167;
-  double flow_channel_octet_cycles = 280;
-  double flow_group_octet_cycles = 273;
+  double flow_channel_stage_cycles = 829.5;
+  double flow_group_stage_cycles = 1978;
+  double flow_channel_octet_cycles = 357.8;
+  double flow_group_octet_cycles = 500.8;
   // cycles between a block's tiles
-  double flow_tile_cycles = 2831;
+  double flow_tile_cycles = 1840;
   // Of launches with constant weights, which fetch their first ones where blocks of the launch before are done: part of
   // the last round's idle time that is not lost for that.
-  double flow_hidden_fraction = 0.4942;
+  double flow_hidden_fraction = 0.5701;
   // cycles that clusters lose, whose blocks start together
-  double flow_cluster_cycles = 2098;
+  double flow_cluster_cycles = 1210;
   // Of launches that stand alone, microseconds that other tiles lose more: each of their blocks starts with empty
   // rings.
   double flow_alone_us = 0.6;
   // part of the memory bus's rate, and the order of the norm that joins the bytes' time with the multiprocessors'
-  double flow_bandwidth_fraction = 1.253;
-  double flow_bandwidth_norm = 3.231;
+  double flow_bandwidth_fraction = 1.21;
+  double flow_bandwidth_norm = 3.006;
   // cycles of a launch
-  double flow_launch_cycles = 957.4;
+  double flow_launch_cycles = 3340;
 };
 
 inline constexpr Sm90Model kSm90Model{};
@@ -146,6 +160,7 @@ constexpr Sm90Model standalone_model() {
   model.group_dequant_cycles = 4.689;
   model.channel_unit_norm = 10.28;
   model.group_unit_norm = 4.138;
+  model.shared_ring_group_unit_norm = 4.138;
   model.channel_stage_latency = 398.4;
   model.group_stage_latency = 683.6;
   model.channel_product_latency = 2.933;
@@ -157,8 +172,10 @@ constexpr Sm90Model standalone_model() {
   model.four_warps_channel_fraction = 0.5751;
   model.four_warps_group_fraction = 0.5751;
   model.warp_dequant_fraction = 0.819;
+  model.two_products_dequant_fraction = 1;
   model.stage_latency_per_token = 1.462;
-  model.shared_ring_fraction = 0.7313;
+  model.shared_ring_channel_fraction = 0.7313;
+  model.shared_ring_group_fraction = 0.7313;
   model.memory_latency = 2398;
   model.latency_norm = 14.1;
   model.launch_cycles = 4045;
@@ -173,6 +190,7 @@ constexpr Sm90Model standalone_model() {
   model.two_rings_exposed_us = 0.5274;
   model.four_warps_exposed_us = 0.2192;
   model.two_blocks_round_us = 1.205;
+  model.own_rings_round_us = 0;
   model.reduction_bytes_per_cycle = 20.45;
   model.apart_bytes_per_cycle = 24.65;
   model.warp_apart_bytes_per_cycle = 37.15;
@@ -184,6 +202,7 @@ constexpr Sm90Model standalone_model() {
   model.multicast_penalty = 0.09079;
   model.bandwidth_fraction = 0.9238;
   model.bandwidth_norm = 2.529;
+  model.two_blocks_bandwidth_norm = 2.529;
   model.flow_channel_stage_cycles = 1118;
   model.flow_group_stage_cycles = 2166;
   model.flow_channel_octet_cycles = 529.8;
@@ -215,6 +234,7 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"group_dequant_cycles", &Sm90Model::group_dequant_cycles},
     {"channel_unit_norm", &Sm90Model::channel_unit_norm},
     {"group_unit_norm", &Sm90Model::group_unit_norm},
+    {"shared_ring_group_unit_norm", &Sm90Model::shared_ring_group_unit_norm},
     {"channel_stage_latency", &Sm90Model::channel_stage_latency},
     {"group_stage_latency", &Sm90Model::group_stage_latency},
     {"channel_product_latency", &Sm90Model::channel_product_latency},
@@ -228,8 +248,10 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"four_warps_channel_fraction", &Sm90Model::four_warps_channel_fraction},
     {"four_warps_group_fraction", &Sm90Model::four_warps_group_fraction},
     {"warp_dequant_fraction", &Sm90Model::warp_dequant_fraction},
+    {"two_products_dequant_fraction", &Sm90Model::two_products_dequant_fraction},
     {"stage_latency_per_token", &Sm90Model::stage_latency_per_token},
-    {"shared_ring_fraction", &Sm90Model::shared_ring_fraction},
+    {"shared_ring_channel_fraction", &Sm90Model::shared_ring_channel_fraction},
+    {"shared_ring_group_fraction", &Sm90Model::shared_ring_group_fraction},
     {"memory_latency", &Sm90Model::memory_latency},
     {"latency_norm", &Sm90Model::latency_norm},
     {"launch_cycles", &Sm90Model::launch_cycles},
@@ -237,6 +259,7 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"unfit_fraction", &Sm90Model::unfit_fraction},
     {"unfit_power", &Sm90Model::unfit_power},
     {"neighbour_exposed_fraction", &Sm90Model::neighbour_exposed_fraction},
+    {"four_warps_neighbour_exposed_fraction", &Sm90Model::four_warps_neighbour_exposed_fraction},
     {"cluster_reduction_cycles", &Sm90Model::cluster_reduction_cycles},
     {"cluster_reduction_per_block", &Sm90Model::cluster_reduction_per_block},
     {"exchange_bytes_per_cycle", &Sm90Model::exchange_bytes_per_cycle},
@@ -250,6 +273,7 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"warp_unfit_us", &Sm90Model::warp_unfit_us},
     {"warp_unfit_exposed_us", &Sm90Model::warp_unfit_exposed_us},
     {"two_blocks_round_us", &Sm90Model::two_blocks_round_us},
+    {"own_rings_round_us", &Sm90Model::own_rings_round_us},
     {"reduction_bytes_per_cycle", &Sm90Model::reduction_bytes_per_cycle},
     {"apart_bytes_per_cycle", &Sm90Model::apart_bytes_per_cycle},
     {"warp_apart_bytes_per_cycle", &Sm90Model::warp_apart_bytes_per_cycle},
@@ -259,10 +283,15 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"large_wave_cycles", &Sm90Model::large_wave_cycles},
     {"turn_cycles", &Sm90Model::turn_cycles},
     {"reduction_kernel_us", &Sm90Model::reduction_kernel_us},
+    {"reduction_exposed_us", &Sm90Model::reduction_exposed_us},
     {"scratch_bytes_per_us", &Sm90Model::scratch_bytes_per_us},
+    {"multicast_power_saving", &Sm90Model::multicast_power_saving},
+    {"turns_power_loss", &Sm90Model::turns_power_loss},
+    {"shared_turns_power_loss", &Sm90Model::shared_turns_power_loss},
     {"multicast_penalty", &Sm90Model::multicast_penalty},
     {"bandwidth_fraction", &Sm90Model::bandwidth_fraction},
     {"bandwidth_norm", &Sm90Model::bandwidth_norm},
+    {"two_blocks_bandwidth_norm", &Sm90Model::two_blocks_bandwidth_norm},
     {"flow_channel_stage_cycles", &Sm90Model::flow_channel_stage_cycles},
     {"flow_group_stage_cycles", &Sm90Model::flow_group_stage_cycles},
     {"flow_channel_octet_cycles", &Sm90Model::flow_channel_octet_cycles},

@@ -248,6 +248,13 @@ PYBIND11_MODULE(_introspection, module) {
   module.def("reference_device", &plan::reference_device, py::arg("architecture"));
   module.def("sm90_model", &sm90_model, py::arg("standalone") = false,
              "the Hopper cost model's constants (csrc/plan/sm90_model.h), or those of launches that stand alone");
+  module.def(
+      "sm90_is_power_limited",
+      [](int64_t num_tokens, int64_t out_features, int64_t in_features) {
+        return plan::sm90_is_power_limited({num_tokens, out_features, in_features, -1});
+      },
+      py::arg("num_tokens"), py::arg("out_features"), py::arg("in_features"),
+      "whether the Hopper cost model counts a product as one at the power limit");
   module.def("sm90_candidates", &sm90_candidates, py::arg("num_tokens"), py::arg("out_features"),
              py::arg("in_features"), py::arg("group_size"), py::arg("device"), py::arg("model"),
              py::arg("constant_weights") = true, py::arg("standalone") = false,

@@ -18,6 +18,7 @@ import numpy
 import pytest
 import torch
 from recording import RecordedCalls
+from repository import load_script
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -642,3 +643,18 @@ def test_linear_has_the_chain_with_and_without_a_quantisation():
     times = {m.implementation: m.median_us for m in runner.run.measurements}
     assert list(times) == ["marlin_qqq:linear", "marlin_qqq:constant", "chain:linear", "chain"]
     assert times["chain:linear"] > times["chain"] > 0
+
+
+@pytest.mark.gpu
+def test_a_sweep_of_the_planner_times_a_row_of_launches_too(tmp_path):
+    tune_planner = load_script("benchmarks/tune_planner.py")
+    path = tmp_path / "sweep.json"
+    command = ["measure", "--json", str(path), "--shapes", "4096x4096", "--num-tokens", "4096", "--group-size", "-1"]
+    assert tune_planner.main([*command, "--sustained", "--standalone"]) == 2
+    assert tune_planner.main([*command, "--candidates", "2", "--replays", "2", "--sustained"]) == 0
+    run = load_run(path)
+    rows = {m: [row for row in run.measurements if row.method == m] for m in ("graph", "sustained")}
+    names = {row.implementation for row in run.measurements}
+    assert len(names) >= 5
+    assert all(len(rows[method]) == len(names) for method in rows)
+    assert all(row.extra["plan"] and row.median_us for row in run.measurements)

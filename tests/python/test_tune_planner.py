@@ -120,6 +120,16 @@ def test_the_best_are_measured_and_every_family_that_suits(num_tokens, group_siz
         assert any(candidate.tile_name.startswith(family) for candidate in chosen), family
 
 
+def test_pairs_that_share_activations_are_measured_where_they_are_asked_for():
+    _, candidates = listed(4096, 28672, 4096, -1)
+    pairs = {c.tile_name.rstrip("0123456789") for c in candidates if c.multicast == 2}
+    assert pairs == {"deep", "wide", "pingpong"}
+    chosen = tune_planner.choose_candidates(candidates, 4096, 4, sharing=True)
+    assert {c.tile_name.rstrip("0123456789") for c in chosen if c.multicast == 2} == pairs
+    assert set(tune_planner.choose_candidates(candidates, 4096, 4)) < set(chosen)
+    assert chosen == [candidate for candidate in candidates if candidate in chosen]
+
+
 @pytest.mark.parametrize("sizes", [(2, 4096, 4096, -1), (8, 28672, 4096, 128)])
 def test_the_own_choice_comes_first_whether_it_quantises_or_not(sizes):
     _, candidates = listed(*sizes, standalone=True)
@@ -128,6 +138,17 @@ def test_the_own_choice_comes_first_whether_it_quantises_or_not(sizes):
     assert chosen == [candidate for candidate in candidates if candidate in chosen]
     assert chosen[0] == candidates[0]
     assert any(candidate.quantizes for candidate in chosen) and not all(candidate.quantizes for candidate in chosen)
+
+
+def test_random_layers_are_ones_that_the_ops_take_and_always_the_same():
+    shapes = tune_planner.random_shapes(40)
+    assert len({shape.shape for shape in shapes}) == 40
+    assert [shape.shape for shape in shapes] == [shape.shape for shape in tune_planner.random_shapes(40)]
+    assert [shape.shape for shape in tune_planner.random_shapes(10)] == [shape.shape for shape in shapes[:10]]
+    for shape in shapes:
+        assert 1.5e6 < shape.out_features * shape.in_features < 2.2e8
+        assert listed(4, shape.out_features, shape.in_features, 128)[1]
+    assert min(shape.out_features for shape in shapes) < 1024 < 16384 < max(shape.out_features for shape in shapes)
 
 
 def test_a_sweep_that_is_cut_short_covers_the_grid():
@@ -240,6 +261,22 @@ def test_measure_says_what_it_needs(capsys, monkeypatch):
 
 
 # The fit
+
+
+def test_at_the_power_limit_the_middle_of_a_burst_and_a_row_counts():
+    model = introspection.sm90_model()
+    long, short = timed_problem(model, 4096, 8192, 21760, -1), timed_problem(model, 1024, 4096, 4096, -1)
+    assert introspection.sm90_is_power_limited(*long.sizes[:3])
+    assert not introspection.sm90_is_power_limited(*short.sizes[:3])
+    burst = sweep_of(long, short)
+    (kept,) = planner_fit.problems_of(burst, "sweep.json")
+    assert (kept.sizes, kept.times) == (short.sizes, pytest.approx(short.times))
+    for row in sweep_of(long, short).measurements[1:]:  # the first candidate has no time in a row
+        burst.measurements.append(dataclasses.replace(row, method="sustained", median_us=1.44 * row.median_us))
+    kept_long, kept = planner_fit.problems_of(burst, "sweep.json")
+    assert (kept_long.names, kept_long.plans) == (long.names[1:], long.plans[1:])
+    assert kept_long.times == pytest.approx([1.2 * us for us in long.times[1:]])
+    assert kept.times == pytest.approx(short.times)
 
 
 def test_a_fit_finds_a_better_model():
@@ -421,6 +458,7 @@ def test_the_saved_sweeps_bear_out_what_the_header_says(pattern, standalone):
     ("pattern", "unseen", "standalone", "most"),
     [
         ("in_row_*.json.gz", "unseen_in_row.json.gz", False, 0.01),
+        ("in_row_*.json.gz", "unseen_in_row_h200.json.gz", False, 0.02),
         ("standalone_*.json.gz", "unseen_standalone_*.json.gz", True, 0.015),
     ],
 )

@@ -38,6 +38,11 @@ class Candidate:
         return self.name.endswith("/quantizing")
 
     @property
+    def multicast(self) -> int:
+        """How many blocks share their activations."""
+        return int(self.name.split("/")[2])
+
+    @property
     def variant(self) -> str:
         """The variant of our op that forces this launch."""
         return f"tile:{self.name}"
