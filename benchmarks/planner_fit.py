@@ -121,7 +121,8 @@ def problems_of(run: Run, origin: str) -> list[Problem]:
     """The problems of a saved sweep that have two candidates or more to choose between.
 
     At the power limit candidates rank otherwise in a burst after a rest than in a row of launches, and neither is
-    wrong: there a candidate's time is the geometric mean of both, and one not measured both ways is left out.
+    wrong: a candidate's time there is the geometric mean of both. Of problems timed in a burst alone, those whose
+    warpgroups take turns are left out, which lose most in a row.
     """
     if PLANNER_DEVICE not in run.environment:
         raise ValueError(f"{origin} was not saved by `tune_planner.py measure`: its environment has no planner_device")
@@ -136,10 +137,12 @@ def problems_of(run: Run, origin: str) -> list[Problem]:
     problems = []
     for (sizes, setting), candidates in measured.items():
         limited = introspection().sm90_is_power_limited(*sizes[:3])
+        both_ways = limited and any(row.method == "sustained" for rows in candidates.values() for row in rows)
         problem = Problem(sizes, device, [], [], [], setting)
         for name, rows in candidates.items():
-            times = [row.median_us for row in rows if row.median_us and (limited or row.method != "sustained")]
-            if len(times) == (2 if limited else 1):
+            times = [row.median_us for row in rows if row.median_us and (both_ways or row.method != "sustained")]
+            takes_turns = name.startswith("pingpong")
+            if len(times) == (2 if both_ways else 1) and (both_ways or not (limited and takes_turns)):
                 problem.names.append(name)
                 problem.plans.append(str(rows[0].extra.get("plan", "")))
                 problem.times.append(statistics.geometric_mean(times))
@@ -273,13 +276,15 @@ def fit(
     objective: Objective,
     start: Model,
     num_starts: int = 4,
+    num_steps: int = 5000,
     seed: int = 0,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Model:
     """Constants that lower the mean loss, or ``start`` where none are found.
 
     From ``start``, from what fits the times best, and from points around that, down the gradient of the objective; then
-    from the best place along one constant after the other, with the loss hardly smoothed.
+    from the best place along one constant after the other, with the loss hardly smoothed; then ``num_steps`` random
+    steps of a few constants, of which those that help are kept.
     """
     from scipy.optimize import least_squares, minimize
 
@@ -312,11 +317,19 @@ def fit(
         progress(f"start {index + 1} of {num_starts}: {cost(found):.5f}, {objective.evaluations} evaluations")
 
     def hardly_smoothed(x: numpy.ndarray) -> float:
-        return cost(x, TEMPERATURE / 10)
+        return cost(x, TEMPERATURE / 5)
 
     options = {"maxiter": 3, "xtol": 1e-3, "ftol": 1e-6}
     found = minimize(hardly_smoothed, best, method="Powell", bounds=bounds, options=options).x
     best = min([best, found], key=hardly_smoothed)
+    least = hardly_smoothed(best)
+    for _ in range(num_steps):
+        x = best.copy()
+        chosen = random.choice(len(names), size=random.integers(1, 4), replace=False)
+        x[chosen] += random.normal(0, random.choice([0.01, 0.03, 0.1]), len(chosen))
+        if (value := hardly_smoothed(x.clip(-bound, bound))) < least:
+            best, least = x.clip(-bound, bound), value
+    progress(f"steps: {least:.5f}, {objective.evaluations} evaluations")
     fitted = {name: float(f"{value:.4g}") for name, value in model_at(best).items()}
     return min([fitted, dict(start)], key=lambda model: objective.weighted_mean(objective.losses(model)))
 

@@ -328,7 +328,9 @@ def fit_model(
         print(f"left out, for the planner has them no more: {objective.num_gone} candidates")
     if objective.num_changed:
         print(f"beware: {objective.num_changed} candidates are launched otherwise than when they were measured")
-    after = planner_fit.fit(objective, before, arguments.starts, progress=lambda line: print(line, flush=True))
+    after = planner_fit.fit(
+        objective, before, arguments.starts, arguments.steps, progress=lambda line: print(line, flush=True)
+    )
     for name, value in after.items():
         print(f"{name:28} {before[name]:>10.4g} -> {value:.4g}")
     print("\n".join(planner_fit.report(objective, before, after)))
@@ -379,6 +381,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     step = commands.add_parser("fit", help="fit the constants to sweeps (needs the introspection module and scipy)")
     step.add_argument("sweeps", type=Path, nargs="+", metavar="SWEEP.json")
     step.add_argument("--starts", type=int, default=4, help="places to search from")
+    step.add_argument("--steps", type=int, default=5000, help="random steps from the best place found")
     step.add_argument("--write", action="store_true", help=f"rewrite csrc/plan/{HEADER.name}")
     step.set_defaults(run=fit)
     return parser.parse_args(arguments)

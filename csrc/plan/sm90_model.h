@@ -5,147 +5,148 @@
 namespace marlin_qqq::plan {
 
 // Cycles are of the device's nominal clock; a rate is a multiprocessor's unless it says otherwise.
-// Fitted on NVIDIA H100 80GB HBM3 and NVIDIA H200: 2,911 problems, 24,186 candidates, mean loss 0.8%.
+// Fitted on NVIDIA H100 80GB HBM3 and NVIDIA H200: 3,032 problems, 24,764 candidates, mean loss 0.7%.
 struct Sm90Model {
   // int8 products of wgmma, a cycle
-  double macs_per_cycle = 3687;
+  double macs_per_cycle = 3688;
   // the same of a warpgroup alone, of two that take turns
-  double turn_macs_per_cycle = 3760;
+  double turn_macs_per_cycle = 3762;
   // bytes from L2 into shared memory, a cycle. This one and the two fractions of the memory bus's rate below are what
   // fits the times best, not what the device does.
-  double feed_bytes_per_cycle = 3151;
+  double feed_bytes_per_cycle = 3956;
   // cycles that dequantise an output feature's 128 inputs, per-channel and with group scales
-  double channel_dequant_cycles = 2.67;
-  double group_dequant_cycles = 3.812;
+  double channel_dequant_cycles = 2.679;
+  double group_dequant_cycles = 3.811;
   // order of the norm that joins these three, per-channel and with group scales, and with them where all warpgroups
   // have one ring: how well the units overlap, the larger, the better
-  double channel_unit_norm = 6.466;
-  double group_unit_norm = 1.882;
-  double shared_ring_group_unit_norm = 6.594;
+  double channel_unit_norm = 6.781;
+  double group_unit_norm = 1.899;
+  double shared_ring_group_unit_norm = 6.636;
 
   // cycles that a ring's stage takes at least, however idle the multiprocessor is
-  double channel_stage_latency = 332.5;
-  double group_stage_latency = 532.4;
+  double channel_stage_latency = 330.5;
+  double group_stage_latency = 530.9;
   // more of them where a warpgroup has two products of 64 features
-  double channel_product_latency = 1.147;
-  double group_product_latency = 416.7;
+  double channel_product_latency = 1.358;
+  double group_product_latency = 418.2;
   // the same for the rings of single warps, which take all of a tile's features
-  double warp_channel_stage_latency = 908.7;
-  double warp_group_stage_latency = 1526;
+  double warp_channel_stage_latency = 904.6;
+  double warp_group_stage_latency = 1524;
   // more of them for every further eight tokens
-  double warp_channel_octet_latency = 209.8;
-  double warp_group_octet_latency = 118.8;
+  double warp_channel_octet_latency = 207.8;
+  double warp_group_octet_latency = 117.6;
   // part of the work on a stage that is done while the launch before ends, where it is dequantised early, and of that
   // part what is left where not all blocks of a launch find room beside the one before
-  double ahead_fraction = 0.5371;
-  double ahead_unfit_fraction = 0.3405;
+  double ahead_fraction = 0.5387;
+  double ahead_unfit_fraction = 0.33;
   // part of these cycles that a stage takes where four warps share a block, of two on a multiprocessor, per-channel and
   // with group scales
-  double four_warps_channel_fraction = 1.001;
-  double four_warps_group_fraction = 0.9965;
+  double four_warps_channel_fraction = 1.003;
+  double four_warps_group_fraction = 0.9968;
   // what dequantisation costs single warps' rings, against others, and warpgroups with two products of 64 features
-  double warp_dequant_fraction = 0.6657;
-  double two_products_dequant_fraction = 0.9701;
+  double warp_dequant_fraction = 0.6648;
+  double two_products_dequant_fraction = 0.9683;
   // and more cycles a stage for every token and 64 features of the tile
-  double stage_latency_per_token = 1.908;
+  double stage_latency_per_token = 1.896;
   // these cycles where a warp of its own fills the ring, against rings that those who multiply fill, per-channel and
   // with group scales
-  double shared_ring_channel_fraction = 0.6558;
-  double shared_ring_group_fraction = 0.9889;
+  double shared_ring_channel_fraction = 0.6574;
+  double shared_ring_group_fraction = 0.9878;
   // cycles from a stage's request to its arrival: a ring has all its stages on their way at most
-  double memory_latency = 2846;
+  double memory_latency = 2842;
   // order of the norm that joins the stages' latency with the units' work
-  double latency_norm = 9.278;
+  double latency_norm = 9.407;
 
   // cycles of a launch: first bytes to arrive, barriers, the last store
-  double launch_cycles = 1054;
+  double launch_cycles = 1112;
   // cycles of it that are hidden where the next launch's blocks find multiprocessors of their own; where only a part of
   // them does, this fraction of those cycles times that power of the part
-  double neighbour_cycles = 2432;
-  double unfit_fraction = 0.6819;
-  double unfit_power = 0.2943;
+  double neighbour_cycles = 2416;
+  double unfit_fraction = 0.6917;
+  double unfit_power = 0.3137;
   // part of all that is hidden so without constant weights, and where four warps share a block
-  double neighbour_exposed_fraction = 0.7233;
-  double four_warps_neighbour_exposed_fraction = 0.3782;
+  double neighbour_exposed_fraction = 0.7366;
+  double four_warps_neighbour_exposed_fraction = 0.36;
   // more cycles that reduce a cluster of two blocks, and for every further block
-  double cluster_reduction_cycles = 395.6;
-  double cluster_reduction_per_block = 357.2;
+  double cluster_reduction_cycles = 315.8;
+  double cluster_reduction_per_block = 345.6;
   // bytes of sums that a block sends to the others of its cluster, a cycle
-  double exchange_bytes_per_cycle = 11.79;
+  double exchange_bytes_per_cycle = 11.72;
   // the same of blocks whose rings have sums of their own
-  double depth_cluster_cycles = 1312;
-  double depth_cluster_per_block = 57.93;
-  double depth_exchange_bytes_per_cycle = 52.37;
+  double depth_cluster_cycles = 1321;
+  double depth_cluster_per_block = 55.47;
+  double depth_exchange_bytes_per_cycle = 53.38;
   // Of launches without constant weights, or that stand alone, microseconds more for every further block of such a
   // cluster and where the clusters leave another launch no room, and fewer where two warpgroups' rings, or four warps',
   // share a block.
-  double depth_exposed_us = 0.0193;
-  double full_clusters_exposed_us = 0.1077;
-  double two_rings_exposed_us = 0.05043;
-  double four_warps_exposed_us = 0.006268;
+  double depth_exposed_us = 0.01541;
+  double full_clusters_exposed_us = 0.06285;
+  double two_rings_exposed_us = 0.04054;
+  double four_warps_exposed_us = 0.004775;
   // Of eight single warps' rings a block, where a part of the next launch finds room, microseconds more, and without
   // constant weights besides.
-  double warp_unfit_us = 0.3299;
-  double warp_unfit_exposed_us = 0.1452;
+  double warp_unfit_us = 0.3838;
+  double warp_unfit_exposed_us = 0.08087;
   // Microseconds more for every round after the first, whose blocks start with empty rings: where two share a
   // multiprocessor, and where one has it alone.
-  double two_blocks_round_us = 0.1573;
-  double own_rings_round_us = 0.2;
+  double two_blocks_round_us = 0.3316;
+  double own_rings_round_us = 0.1804;
   // bytes of the rings' sums added up, a cycle, where they lie in the place of the stages, and beside them, those of
   // warpgroups' and of single warps' rings
-  double reduction_bytes_per_cycle = 36.17;
-  double apart_bytes_per_cycle = 50.22;
-  double warp_apart_bytes_per_cycle = 400.1;
+  double reduction_bytes_per_cycle = 36.55;
+  double apart_bytes_per_cycle = 51.53;
+  double warp_apart_bytes_per_cycle = 417.4;
   // outputs of the last tile that are stored, a cycle
-  double epilogue_outputs_per_cycle = 8.258;
+  double epilogue_outputs_per_cycle = 8.535;
   // cycles between a block's tiles, or around its only one; the same where its rings' sums are added
-  double wave_cycles = 4082;
-  double depth_wave_cycles = 3829;
+  double wave_cycles = 4140;
+  double depth_wave_cycles = 3823;
   // more of them where a thread has more sums than those of 64 features and 256 tokens
-  double large_wave_cycles = 1044;
+  double large_wave_cycles = 1035;
   // the same between the tiles of warpgroups that take turns
-  double turn_cycles = 200.4;
+  double turn_cycles = 238.3;
   // microseconds of the second, dependent launch that adds the sums in scratch
-  double reduction_kernel_us = 1.644;
+  double reduction_kernel_us = 1.63;
   // and more of it in a row of launches without constant weights
-  double reduction_exposed_us = 0.1042;
+  double reduction_exposed_us = 0.07484;
   // bytes of such sums written and read in L2 by the whole GPU, a microsecond
-  double scratch_bytes_per_us = 4.535e6;
+  double scratch_bytes_per_us = 4.602e6;
   // At the power limit, parts of its time: what a launch saves whose blocks share activations, by the bytes of a
-  // product of 128 features; and what one whose warpgroups take turns loses, alone and where blocks share activations.
-  double multicast_power_saving = 0.08136;
-  double turns_power_loss = 0.1501;
-  double shared_turns_power_loss = 0.04696;
+  // product of 128 features; and what one whose warpgroups take turns loses, alone and where blocks share activations
+  // (the fit, to an H200's rows of launches, says 0.035; an H100's lost 15 to 20 % more in a row: between the two).
+  double multicast_power_saving = 0.04649;
+  double turns_power_loss = 0.1648;
+  double shared_turns_power_loss = 0.08;
   // part of its time that a block waits for each neighbour it shares activations with
-  double multicast_penalty = 0.03357;
+  double multicast_penalty = 0.02887;
 
   // part of the memory bus's rate that a product reaches
-  double bandwidth_fraction = 1.231;
+  double bandwidth_fraction = 1.23;
   // order of the norm that joins the bytes' time with the multiprocessors', and where two blocks share one
-  double bandwidth_norm = 1.901;
-  double two_blocks_bandwidth_norm = 1.849;
+  double bandwidth_norm = 1.903;
+  double two_blocks_bandwidth_norm = 1.852;
 
   // Tiles whose rings flow on: cycles of a ring's stage, for the first eight tokens, per-channel and with group scales,
   // and for every further eight
-  double flow_channel_stage_cycles = 829.5;
-  double flow_group_stage_cycles = 1978;
-  double flow_channel_octet_cycles = 357.8;
-  double flow_group_octet_cycles = 500.8;
+  double flow_channel_stage_cycles = 845.1;
+  double flow_group_stage_cycles = 2018;
+  double flow_channel_octet_cycles = 359.2;
+  double flow_group_octet_cycles = 365.6;
   // cycles between a block's tiles
-  double flow_tile_cycles = 1840;
+  double flow_tile_cycles = 1819;
   // Of launches with constant weights, which fetch their first ones where blocks of the launch before are done: part of
   // the last round's idle time that is not lost for that.
-  double flow_hidden_fraction = 0.5701;
+  double flow_hidden_fraction = 0.5766;
   // cycles that clusters lose, whose blocks start together
-  double flow_cluster_cycles = 1210;
+  double flow_cluster_cycles = 1253;
   // Of launches that stand alone, microseconds that other tiles lose more: each of their blocks starts with empty
   // rings.
   double flow_alone_us = 0.6;
   // part of the memory bus's rate, and the order of the norm that joins the bytes' time with the multiprocessors'
-  double flow_bandwidth_fraction = 1.21;
-  double flow_bandwidth_norm = 3.006;
+  double flow_bandwidth_fraction = 1.207;
+  double flow_bandwidth_norm = 2.992;
   // cycles of a launch
-  double flow_launch_cycles = 3340;
+  double flow_launch_cycles = 3342;
 };
 
 inline constexpr Sm90Model kSm90Model{};

@@ -268,15 +268,21 @@ def test_at_the_power_limit_the_middle_of_a_burst_and_a_row_counts():
     long, short = timed_problem(model, 4096, 8192, 21760, -1), timed_problem(model, 1024, 4096, 4096, -1)
     assert introspection.sm90_is_power_limited(*long.sizes[:3])
     assert not introspection.sm90_is_power_limited(*short.sizes[:3])
-    burst = sweep_of(long, short)
-    (kept,) = planner_fit.problems_of(burst, "sweep.json")
-    assert (kept.sizes, kept.times) == (short.sizes, pytest.approx(short.times))
+    long.names[2] = "pingpong160/1x1/2"
+    turns = [name.startswith("pingpong") for name in long.names]
+
+    run = sweep_of(long, short)
+    kept_long, kept_short = planner_fit.problems_of(run, "sweep.json")
+    others = [(name, us) for name, us, takes in zip(long.names, long.times, turns, strict=True) if not takes]
+    assert list(zip(kept_long.names, kept_long.times, strict=True)) == [(n, pytest.approx(us)) for n, us in others]
+    assert (kept_short.names, kept_short.times) == (short.names, pytest.approx(short.times))
+
     for row in sweep_of(long, short).measurements[1:]:  # the first candidate has no time in a row
-        burst.measurements.append(dataclasses.replace(row, method="sustained", median_us=1.44 * row.median_us))
-    kept_long, kept = planner_fit.problems_of(burst, "sweep.json")
+        run.measurements.append(dataclasses.replace(row, method="sustained", median_us=1.44 * row.median_us))
+    kept_long, kept_short = planner_fit.problems_of(run, "sweep.json")
     assert (kept_long.names, kept_long.plans) == (long.names[1:], long.plans[1:])
     assert kept_long.times == pytest.approx([1.2 * us for us in long.times[1:]])
-    assert kept.times == pytest.approx(short.times)
+    assert kept_short.times == pytest.approx(short.times)
 
 
 def test_a_fit_finds_a_better_model():
@@ -289,7 +295,7 @@ def test_a_fit_finds_a_better_model():
         timed_problem(truth, m, *shape, mode) for m in (1, 32, 100, 256, 640) for shape in shapes for mode in (-1, 128)
     ]
     objective = planner_fit.Objective(problems)
-    fitted = planner_fit.fit(objective, start, num_starts=2)
+    fitted = planner_fit.fit(objective, start, num_starts=2, num_steps=500)
     assert objective.losses(start).mean() > 1.003, "the test's own model should be worth fitting"
     assert objective.losses(fitted).mean() - 1 < 0.5 * (objective.losses(start).mean() - 1)
     assert objective.time_error(fitted) < 0.5 * objective.time_error(start)
@@ -458,7 +464,7 @@ def test_the_saved_sweeps_bear_out_what_the_header_says(pattern, standalone):
     ("pattern", "unseen", "standalone", "most"),
     [
         ("in_row_*.json.gz", "unseen_in_row.json.gz", False, 0.01),
-        ("in_row_*.json.gz", "unseen_in_row_h200.json.gz", False, 0.02),
+        ("in_row_*.json.gz", "unseen_in_row_h200.json.gz", False, 0.015),
         ("standalone_*.json.gz", "unseen_standalone_*.json.gz", True, 0.015),
     ],
 )
