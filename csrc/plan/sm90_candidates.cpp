@@ -268,7 +268,6 @@ double sm90_estimated_us(const Problem& problem, const DeviceProperties& device,
   if (plan.scratch_split > 1) {
     const double sums = 8.0 * plan.scratch_split * static_cast<double>(problem.num_tokens) * problem.out_features;
     us += model.reduction_kernel_us + sums / model.scratch_bytes_per_us;
-    if (!problem.constant_weights && !problem.standalone) us += model.reduction_exposed_us;
   }
   // Of eight single warps' rings a block, which have little else to do, what starts late costs more than that.
   if (tile.warp_rings() && !tile.four_warps() && counts && !fits_beside && works < slots) {

@@ -107,8 +107,6 @@ struct Sm90Model {
   double turn_cycles = 238.3;
   // microseconds of the second, dependent launch that adds the sums in scratch
   double reduction_kernel_us = 1.63;
-  // and more of it in a row of launches without constant weights
-  double reduction_exposed_us = 0.07484;
   // bytes of such sums written and read in L2 by the whole GPU, a microsecond
   double scratch_bytes_per_us = 4.602e6;
   // At the power limit, parts of its time: what a launch saves whose blocks share activations, by the bytes of a
@@ -284,7 +282,6 @@ inline constexpr Sm90Constant kSm90Constants[] = {
     {"large_wave_cycles", &Sm90Model::large_wave_cycles},
     {"turn_cycles", &Sm90Model::turn_cycles},
     {"reduction_kernel_us", &Sm90Model::reduction_kernel_us},
-    {"reduction_exposed_us", &Sm90Model::reduction_exposed_us},
     {"scratch_bytes_per_us", &Sm90Model::scratch_bytes_per_us},
     {"multicast_power_saving", &Sm90Model::multicast_power_saving},
     {"turns_power_loss", &Sm90Model::turns_power_loss},
