@@ -140,9 +140,10 @@ def problems_of(run: Run, origin: str) -> list[Problem]:
         both_ways = limited and any(row.method == "sustained" for rows in candidates.values() for row in rows)
         problem = Problem(sizes, device, [], [], [], setting)
         for name, rows in candidates.items():
+            if limited and not both_ways and name.startswith("pingpong"):
+                continue
             times = [row.median_us for row in rows if row.median_us and (both_ways or row.method != "sustained")]
-            takes_turns = name.startswith("pingpong")
-            if len(times) == (2 if both_ways else 1) and (both_ways or not (limited and takes_turns)):
+            if len(times) == (2 if both_ways else 1):
                 problem.names.append(name)
                 problem.plans.append(str(rows[0].extra.get("plan", "")))
                 problem.times.append(statistics.geometric_mean(times))
@@ -187,6 +188,7 @@ class Objective:
         self.times = self._table([time for problem in self.problems for time in problem.times])
         self.relative_times = self.times / self.times.min(axis=1, keepdims=True)
         self.near = self.filled & (self.relative_times < NEAR)
+        self.near_logarithms = numpy.log(self.times[self.near])
         reference = {(shape.out_features, shape.in_features) for shape in REFERENCE_SHAPES}
         self.weights = numpy.array(
             [REFERENCE_WEIGHT if problem.sizes[1:3] in reference else 1.0 for problem in self.problems]
@@ -225,12 +227,12 @@ class Objective:
         weights /= weights.sum(axis=1, keepdims=True)
         losses = (weights * numpy.where(self.filled, self.relative_times, 0.0)).sum(axis=1)
         loss = self.weighted_mean(losses) - 1
-        errors = logarithms[self.near] - numpy.log(self.times[self.near])
+        errors = logarithms[self.near] - self.near_logarithms
         return float(loss + TIMES_WEIGHT * (errors**2).mean())
 
     def errors(self, model: Model) -> numpy.ndarray:
         """The logarithmic errors of the times that count: 0.1 is about ten per cent."""
-        return numpy.log(self.estimates(model)[self.near] / self.times[self.near])
+        return numpy.log(self.estimates(model)[self.near]) - self.near_logarithms
 
     def time_error(self, model: Model) -> float:
         return float(numpy.sqrt((self.errors(model) ** 2).mean()))
@@ -327,8 +329,9 @@ def fit(
         x = best.copy()
         chosen = random.choice(len(names), size=random.integers(1, 4), replace=False)
         x[chosen] += random.normal(0, random.choice([0.01, 0.03, 0.1]), len(chosen))
-        if (value := hardly_smoothed(x.clip(-bound, bound))) < least:
-            best, least = x.clip(-bound, bound), value
+        x = x.clip(-bound, bound)
+        if (value := hardly_smoothed(x)) < least:
+            best, least = x, value
     progress(f"steps: {least:.5f}, {objective.evaluations} evaluations")
     fitted = {name: float(f"{value:.4g}") for name, value in model_at(best).items()}
     return min([fitted, dict(start)], key=lambda model: objective.weighted_mean(objective.losses(model)))

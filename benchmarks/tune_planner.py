@@ -1,7 +1,7 @@
 """Regenerates the Hopper planner's constants (csrc/plan/sm90_model.h) for the GPU at hand, in two steps.
 
     python benchmarks/tune_planner.py measure --json sweep.json       # on the GPU; about twenty minutes
-    python benchmarks/tune_planner.py fit sweep.json --write          # anywhere; two minutes; then build again
+    python benchmarks/tune_planner.py fit sweep.json --write          # anywhere; about as long; then build again
 
 `measure` times the planner's best candidates, and one of each kind of tile, for a grid of shapes and batch sizes in
 both modes, launched with constant weights, or, with --without-promise, as the op is by default; the fit takes both.
@@ -21,7 +21,6 @@ import argparse
 import math
 import os
 import random
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -89,7 +88,7 @@ def choose_candidates(
             best.append(candidate)
     families: dict[str, list[Candidate]] = {}
     for candidate in plain:
-        families.setdefault(re.sub(r"\d+$", "", candidate.tile_name), []).append(candidate)
+        families.setdefault(candidate.family, []).append(candidate)
     suitable = [
         min(family, key=lambda c: (-(-num_tokens // c.tile_tokens) * c.tile_tokens, -c.tile_tokens))
         for family in families.values()
@@ -214,13 +213,13 @@ class Sweep:
         random.shuffle(chosen)  # what is timed first in a row of launches has another clock
         first = len(self.runner.run.measurements)
         implementations = [self.implementation(candidate, mode) for candidate in chosen]
+        by_name = {timed.name: candidate for timed, candidate in zip(implementations, chosen, strict=True)}
         if self.setting.standalone:
             implementations.append(KernelBetween())
         self.runner.products([shape], [tokens], implementations)
         if self.setting.standalone:
             _subtract(self.runner.run.measurements.pop(), self.runner.run.measurements[first:])
         rows = self.runner.run.measurements[first:]
-        by_name = {timed.name: candidate for timed, candidate in zip(implementations, chosen, strict=False)}
         for row in rows:
             row.extra = {"plan": by_name[row.implementation].text}
         self.done.add(sizes)

@@ -251,7 +251,7 @@ PYBIND11_MODULE(_introspection, module) {
   module.def(
       "sm90_is_power_limited",
       [](int64_t num_tokens, int64_t out_features, int64_t in_features) {
-        return plan::sm90_is_power_limited({num_tokens, out_features, in_features, -1});
+        return plan::sm90_is_power_limited(swept_problem(num_tokens, out_features, in_features, -1, false, false));
       },
       py::arg("num_tokens"), py::arg("out_features"), py::arg("in_features"),
       "whether the Hopper cost model counts a product as one at the power limit");

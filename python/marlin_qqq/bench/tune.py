@@ -38,6 +38,11 @@ class Candidate:
         return self.name.endswith("/quantizing")
 
     @property
+    def family(self) -> str:
+        """Of the tile, which its name says before the number of tokens: "deep"."""
+        return self.tile_name.rstrip("0123456789")
+
+    @property
     def multicast(self) -> int:
         """How many blocks share their activations."""
         return int(self.name.split("/")[2])
